@@ -1,0 +1,51 @@
+# Two commands matter: `make run` (the demo) and `make test` (everything that CI checks).
+# Each target installs what it needs into .venv, from the exact versions in constraints.txt.
+
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+BIN    := .venv/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help run test lab prepare bench clean
+.DEFAULT_GOAL := help
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
+
+run: .venv/run  ## the demo: a catalogue with broken files, embedded and validated; opens as demo/report.html
+	devsky demo --out demo
+
+test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
+	python -m pytest -q
+	nbdev_test --path nbs --n_workers 2 --timing
+
+lab: .venv/lab  ## JupyterLab on the notebooks
+	jupyter lab nbs
+
+prepare: .venv/dev  ## after editing notebooks: export modules, clean notebooks, write README.md
+	nbdev_export
+	nbdev_clean
+	python tools/readme.py
+
+bench: .venv/dev  ## the side-by-side measurements in benchmarks/
+	python benchmarks/embedding.py
+
+clean:  ## remove the environment and everything generated beside the sources
+	rm -rf .venv demo build _proc _docs *.egg-info
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "devsky_nb needs Python 3.11, 3.12 or 3.13 with the venv module; none was found on PATH" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/run: .venv/bin/python settings.ini setup.py constraints.txt
+	$(PIP) --editable .
+	@touch $@
+
+.venv/dev: .venv/run
+	$(PIP) --editable '.[dev]'
+	@touch $@
+
+.venv/lab: .venv/dev
+	$(PIP) --editable '.[dev,lab]'
+	@touch $@

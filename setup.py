@@ -1,0 +1,39 @@
+"Everything about the package stands in settings.ini; this file hands it to setuptools."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+root = Path(__file__).parent
+settings = ConfigParser(delimiters=["="])
+settings.read(root / "settings.ini", encoding="utf-8")
+cfg = settings["DEFAULT"]
+entries = lambda key: cfg[key].split("\n")[1:]
+
+setup(
+    name=cfg["lib_name"],
+    version=cfg["version"],
+    description=cfg["description"],
+    long_description=(root / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    author=cfg["author"],
+    author_email=cfg["author_email"],
+    url=cfg["git_url"],
+    license="Apache-2.0",
+    keywords=cfg["keywords"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Natural Language :: English",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+    ],
+    python_requires=cfg["python_requires"],
+    packages=find_packages(include=["devsky_nb", "devsky_nb.*"]),
+    include_package_data=False,
+    package_data={"devsky_nb": ["models/*/*", "templates/*"]},
+    install_requires=entries("requirements"),
+    extras_require={"dev": entries("dev_requirements"), "lab": entries("lab_requirements")},
+    entry_points={"console_scripts": entries("console_scripts"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
+    zip_safe=False,
+)
