@@ -19,7 +19,8 @@ import numpy as np
 from fastcore.basics import patch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 
-from .errors import ModelNotFoundError, ValidationError
+from .errors import ValidationError
+from .registry import load_model, locate_model
 
 if TYPE_CHECKING:
     import torch
@@ -31,7 +32,7 @@ else:
 __all__ = ['COLOURS', 'PATTERNS', 'KINDS', 'PAIRS', 'ATTRIBUTES', 'OUTLINES', 'SIDE_VIEWS', 'LAYERS', 'GROUNDS', 'PROMPTS',
            'NOUNS', 'WORDS', 'BROKEN', 'ODD', 'Garment', 'Pose', 'render_garment', 'render_cutout', 'contact_sheet',
            'is_held_out', 'sample_garments', 'build_tokenizer', 'build_clip', 'render_pool', 'clip_loss', 'ClipTrainer',
-           'tiny_clip_folder', 'load_tiny_clip', 'zero_shot', 'held_out_accuracy', 'train_tiny_clip', 'write_catalogue']
+           'load_tiny_clip', 'zero_shot', 'held_out_accuracy', 'train_tiny_clip', 'write_catalogue']
 
 # %% ../nbs/04_garments.ipynb #a476f93f
 COLOURS = {"red": (204, 30, 40), "orange": (242, 126, 24), "yellow": (248, 214, 52), "green": (36, 144, 72),
@@ -497,33 +498,27 @@ def _save(trainer: ClipTrainer, out: Path) -> str:  # sha256 of model.safetensor
     from safetensors.torch import save
     out.mkdir(parents=True, exist_ok=True)
     config = trainer.model.config
-    config.architectures, config.dtype = ["CLIPModel"], "float32"
+    config.architectures = ["CLIPModel"]
+    for c in (config, config.text_config, config.vision_config): c.dtype = "float32"
     for part in (config, trainer.tokenizer, trainer.processor): part.save_pretrained(out)
     state = {name: tensor.half().contiguous() for name, tensor in trainer.model.state_dict().items()}
     (out / "model.safetensors").write_bytes(data := save(state, metadata={"format": "pt"}))
     return hashlib.sha256(data).hexdigest()
 
-# %% ../nbs/04_garments.ipynb #4280c084
-def tiny_clip_folder() -> Path:
-    "The committed tiny-clip inside the installed package."
-    from importlib.resources import files
-    return Path(str(files("devsky_nb"))) / "models" / "tiny-clip"
-
-
-def load_tiny_clip(folder: Path | None = None,  # None: the committed one
+# %% ../nbs/04_garments.ipynb #c519b3c8
+def load_tiny_clip(folder: str | Path = "tiny-clip",  # the committed one, or where `train_tiny_clip` wrote
                    ) -> tuple[CLIPModel, CLIPProcessor]:  # in eval mode, fp32
     "Load a tiny CLIP with its processor, without the network."
-    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
-    folder = Path(folder or tiny_clip_folder())
-    if not (folder / "model.safetensors").is_file():
-        raise ModelNotFoundError(f"no model in {folder}: train one with train_tiny_clip({str(folder)!r})", details={"folder": str(folder)})
-    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(folder), CLIPTokenizer.from_pretrained(folder))
-    return CLIPModel.from_pretrained(folder).eval(), processor
+    import torch
+    from transformers import CLIPImageProcessorPil, CLIPProcessor, CLIPTokenizer
+    path = locate_model(folder, offline=True)
+    processor = CLIPProcessor(CLIPImageProcessorPil.from_pretrained(path), CLIPTokenizer.from_pretrained(path))
+    return load_model(path, device="cpu", dtype=torch.float32), processor
 
 # %% ../nbs/04_garments.ipynb #a203a031
 def zero_shot(images: list[Image.Image],
               texts: list[str],  # one sentence for each class
-              folder: Path | None = None,  # None: the committed tiny-clip
+              folder: str | Path = "tiny-clip",  # the committed one, or another
               ) -> np.ndarray:  # (images, texts) probabilities
     "Which text fits each image."
     import torch
@@ -537,7 +532,7 @@ def zero_shot(images: list[Image.Image],
     return np.concatenate(rows) if rows else np.zeros((0, len(texts)), np.float32)
 
 # %% ../nbs/04_garments.ipynb #4e1f2152
-def held_out_accuracy(folder: Path | None = None,  # None: the committed tiny-clip
+def held_out_accuracy(folder: str | Path = "tiny-clip",  # the committed one, or another
                       renders: int = 4,  # scenes of each held-out garment
                       seed: int = 10_000,  # of the first scene; training used 0 to 23
                       ) -> dict[str, float]:  # for each attribute the share of right answers, and "images"

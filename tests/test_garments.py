@@ -13,10 +13,11 @@ import torch
 from PIL import Image, ImageOps
 from safetensors.torch import load_file
 
-from devsky_nb.errors import ModelNotFoundError, ValidationError
+from devsky_nb.errors import ValidationError
 from devsky_nb.garments import (ATTRIBUTES, BROKEN, COLOURS, KINDS, ODD, PATTERNS, ClipTrainer, Garment, build_tokenizer, contact_sheet,
                                 held_out_accuracy, is_held_out, load_tiny_clip, render_cutout, render_garment, sample_garments,
-                                tiny_clip_folder, train_tiny_clip, write_catalogue, zero_shot)
+                                train_tiny_clip, write_catalogue, zero_shot)
+from devsky_nb.registry import locate_model
 
 EVERY = [Garment(k, c, p) for k in KINDS for c in COLOURS for p in PATTERNS]
 
@@ -152,7 +153,7 @@ def test_padding_does_not_change_a_text():
 # ---------------------------------------------------------------- the committed model
 
 def test_committed_files_match_their_recipe():
-    folder = tiny_clip_folder()
+    folder = locate_model("tiny-clip")
     recipe = json.loads((folder / "recipe.json").read_text())
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == recipe["sha256"]
     assert sum(f.stat().st_size for f in folder.rglob("*")) < 6_000_000
@@ -176,7 +177,7 @@ def test_the_hub_classes_load_it_offline_in_full_precision():
         assert model.dtype == torch.float32 and not any(info.values()), info
     """
     env = os.environ | {"HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-c", code, str(tiny_clip_folder())], capture_output=True, text=True, env=env)
+    done = subprocess.run([sys.executable, "-c", code, str(locate_model("tiny-clip"))], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
 
 
@@ -194,7 +195,7 @@ def test_the_wording_of_a_label_hardly_matters(template):
 
 
 def test_a_missing_model_names_the_way_out(tmp_path):
-    with pytest.raises(ModelNotFoundError, match="train_tiny_clip"): load_tiny_clip(tmp_path)
+    with pytest.raises(ValidationError, match="a model's folder has a config.json"): load_tiny_clip(tmp_path)
 
 
 # ---------------------------------------------------------------- training
@@ -204,7 +205,7 @@ def test_training_learns_and_the_same_seed_gives_the_same_weights(trained):
     assert recipes[0]["loss"]["last"] < recipes[0]["loss"]["first"] - .5
     assert recipes[0] == recipes[1]
     assert json.loads((folders[0] / "recipe.json").read_text()) == recipes[0]
-    first, committed = (load_file(f / "model.safetensors") for f in (folders[0], tiny_clip_folder()))
+    first, committed = (load_file(f / "model.safetensors") for f in (folders[0], locate_model("tiny-clip")))
     assert {k: v.shape for k, v in first.items()} == {k: v.shape for k, v in committed.items()}
 
 
