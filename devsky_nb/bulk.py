@@ -8,7 +8,6 @@ __all__ = ['SUFFIXES', 'embedding_schema', 'find_images', 'embedding_row', 'writ
 
 # %% ../nbs/08_bulk.ipynb #e89ef262
 import os, time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import islice
@@ -32,9 +31,11 @@ SUFFIXES = frozenset(".jpg .jpeg .jpe .jfif .mpo .png .apng .webp .avif .gif .ti
 def find_images(folder: str | Path) -> Iterator[Path]:  # in the order of their names
     "Every file below `folder` that is named like an image."
     if not os.path.isdir(folder): raise ValidationError(f"no folder {str(folder)!r}: give a folder of images", details={"folder": str(folder)})
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if f[0] != ".")
-        yield from (Path(parent, f) for f in sorted(files) if f[0] != "." and Path(f).suffix.lower() in SUFFIXES)
+    def walk() -> Iterator[Path]:
+        for parent, folders, files in os.walk(folder):
+            folders[:] = sorted(f for f in folders if f[0] != ".")
+            yield from (Path(parent, f) for f in sorted(files) if f[0] != "." and Path(f).suffix.lower() in SUFFIXES)
+    return walk()
 
 # %% ../nbs/08_bulk.ipynb #8580eddc
 def embedding_row(result: Embedded,  # of a path
@@ -78,7 +79,7 @@ class EmbedReport:
     embedded: int = 0
     duplicate: int = 0
     error: int = 0
-    reasons: dict[str, int] = field(default_factory=Counter)  # why images failed, and how often
+    reasons: dict[str, int] = field(default_factory=dict)  # why images failed, and how often
     seconds: float = 0.
 
     @property
@@ -89,7 +90,9 @@ class EmbedReport:
     def count(self, row: dict, result: Embedded) -> dict:  # `row`
         "Take one row into the account."
         setattr(self, row["status"], getattr(self, row["status"]) + 1)
-        if result.error: self.reasons[result.error.details.get("reason", result.error.error_code)] += 1
+        if result.error:
+            reason = result.error.details.get("reason", result.error.error_code)
+            self.reasons[reason] = self.reasons.get(reason, 0) + 1
         return row
 
     def to_dict(self) -> dict:  # ready for JSON
@@ -121,9 +124,9 @@ def embed_images(source: str | Path | Iterable[str | Path],  # a folder, or path
                  ) -> EmbedReport:
     "Embed every image of `source` into a Parquet data set."
     from tqdm.auto import tqdm
-    start, out, seen = time.perf_counter(), new_output(out), set()
-    folder = Path(source) if isinstance(source, (str, Path)) else None
+    start, seen, folder = time.perf_counter(), set(), Path(source) if isinstance(source, (str, Path)) else None
     stream = embedder.embed_stream(find_images(folder) if folder else source, batch_size)
+    out = new_output(out)
     schema, report = embedding_schema(embedder), EmbedReport(str(out), embedder.model_name, embedder.fingerprint)
     rows = (report.count(embedding_row(r, seen, folder), r) for r in tqdm(stream, unit="img", disable=not progress))
     for n, shard in enumerate(iter(lambda: list(islice(rows, shard_rows)), [])):

@@ -172,12 +172,15 @@ def embed_stream(self: CLIPImageEmbedder,
                  hash_pixels: bool = False,  # fill in `Embedded.pixel_hash`
                  ) -> Iterator[Embedded]:  # one for every input, in input order
     "Embed a stream of images in bounded memory."
-    if not isinstance(batch_size, int) or batch_size < 1:
+    if type(batch_size) is not int or batch_size < 1:
         raise ValidationError(f"batch_size must be a whole number of at least 1, not {batch_size!r}", details={"batch_size": batch_size})
-    source, pending, portion = enumerate(items), deque(), self._portion(batch_size)
+    return self._stream(enumerate(items), batch_size, on_image, hash_pixels)
+
+@patch
+def _stream(self: CLIPImageEmbedder, source: Iterator[tuple], batch_size: int, on_image: Callable | None, hash_pixels: bool) -> Iterator[Embedded]:
+    pending, portion = deque(), self._portion(batch_size)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "devsky-decode") as pool:
-        def fill(n):
-            pending.extend(pool.submit(self._prepare, i, x, on_image, hash_pixels) for i, x in islice(source, n))
+        def fill(n): pending.extend(pool.submit(self._prepare, i, x, on_image, hash_pixels) for i, x in islice(source, n))
         try:
             fill(2 * batch_size)
             while pending:
