@@ -133,6 +133,8 @@ def _prepare(self: CLIPImageEmbedder,
         image, record = load_image(source, self.policy)
         pixels = self.preprocess(image)
     except DevSkyyError as e: return Embedded(index, source, error=e), None
+    except Exception as e: return Embedded(index, source, error=MLError(
+        f"unexpected {type(e).__name__}: {e}", details={"stage": "load", "reason": "unexpected", "unexpected": True}, original_error=e)), None
     if on_image: on_image(index, image)
     return Embedded(index, source, record, pixel_hash=pixel_hash(image) if hash_pixels else None), pixels
 
