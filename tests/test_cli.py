@@ -1,0 +1,166 @@
+"The command as its users meet it: a process with arguments, two streams and an exit status."
+import contextlib, io, json, os, shutil, signal, subprocess, sys, time
+from pathlib import Path
+
+import numpy as np, pyarrow.parquet as pq, pytest
+from PIL import Image
+
+from devsky_nb.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+DEVSKY = [sys.executable, "-c", "import sys; from devsky_nb.cli import main; sys.exit(main())"]
+
+
+def devsky(*args):
+    "Run the command in this process, as a terminal would see it."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: status = main([*map(str, args)])
+        except SystemExit as e: status = e.code
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    "The photographs that scikit-image and scikit-learn carry."
+    import skimage.data, sklearn.datasets
+    folder = tmp_path_factory.mktemp("photographs")
+    for name in ("astronaut", "coffee", "chelsea", "rocket", "camera", "page"):
+        Image.fromarray(getattr(skimage.data, name)()).save(folder / f"{name}.png")
+    for name in ("china.jpg", "flower.jpg"): Image.fromarray(sklearn.datasets.load_sample_image(name)).save(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vit_b_32(tmp_path_factory):
+    "A full-sized model with random weights, in a folder as the Hub has it."
+    from embedding import save_model
+    return save_model(tmp_path_factory.mktemp("vit-b-32"))
+
+
+@pytest.mark.parametrize("model", ["tiny-clip", "vit_b_32"])
+def test_photographs_are_validated_and_embedded(photographs, model, request, tmp_path):
+    name = model if model == "tiny-clip" else request.getfixturevalue(model)
+    done = devsky("validate", photographs, "--model", name, "--json", "--html", tmp_path / "r.html", "--report", tmp_path / "r.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (report["total_images"], report["successful"], report["failed"]) == (8, 8, 0)
+    assert json.loads((tmp_path / "r.json").read_text())["successful"] == 8
+    assert "astronaut" in (tmp_path / "r.html").read_text()
+    done = devsky("embed", photographs, "--out", tmp_path / "vectors", "--model", name, "--json", "--quiet")
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    rows = pq.read_table(tmp_path / "vectors").to_pylist()
+    assert [r["id"] for r in rows] == sorted(p.name for p in photographs.iterdir())
+    assert all(abs(np.linalg.norm(r["embedding"]) - 1) < 1e-5 for r in rows)
+
+
+def test_the_default_model_offline_names_both_ways_out(photographs, tmp_path):
+    for command in (["embed", photographs, "--out", tmp_path / "v"], ["validate", photographs]):
+        done = devsky(*command, "--cache-dir", tmp_path / "cache")
+        assert done.returncode == 1 and done.stdout == ""
+        assert "devsky models prefetch clip-vit-base" in done.stderr and "--model tiny-clip" in done.stderr
+        assert "Traceback" not in done.stderr
+    error = json.loads(devsky("embed", photographs, "--out", tmp_path / "v", "--cache-dir", tmp_path / "c", "--json").stdout)["error"]
+    assert error["error_type"] == "ModelNotFoundError"
+
+
+def test_demo_writes_its_reports_and_names_every_broken_file(tmp_path):
+    done = devsky("demo", "--out", tmp_path / "demo", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert json.loads(done.stdout)["total_images"] == report["total_images"]
+    assert {"total_images", "successful", "failed", "embeddings", "errors", "metadata", "success_rate"} <= set(report)
+    assert report["failed"] == len(report["errors"]) == 3
+    page = (tmp_path / "demo" / "report.html").read_text()
+    assert len(page) < 2_000_000 and all(e["image_id"] in page for e in report["errors"])
+    again = devsky("demo", "--out", tmp_path / "demo", "--json", "--quiet")
+    assert again.returncode == 0 and again.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("args, says", [
+    ([], "COMMAND"),
+    (["embed", "no-such-folder", "--out", "x", "--model", "tiny-clip"], "no-such-folder"),
+    (["embed", ".", "--model", "tiny-clip"], "--out"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--output", "clip"], "expected one of projected, pooled, cls"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--batch-size", "0"], "batch_size"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--device", "tpu"], "no device 'tpu'"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--precision", "int3"], "expected one of auto"),
+    (["validate", "no-such-folder", "--model", "tiny-clip"], "no-such-folder"),
+    (["validate", "settings.ini", "--model", "tiny-clip"], "neither a folder nor an image set"),
+    (["validate", "nbs", "--model", "tiny-clip", "--contract", "no-such.yaml"], "no-such.yaml"),
+    (["cache", "evict", "--max-size", "plenty"], "no size in 'plenty'"),
+    (["models", "prefetch", "../etc"], "../etc"),
+])
+def test_wrong_calls_exit_with_2_and_one_helpful_line(args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    done = devsky(*(str(tmp_path / "x") if a == "x" else a for a in args))
+    assert done.returncode == 2, (done.returncode, done.stderr)
+    assert says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_misspelt_model_names_the_nearest(tmp_path):
+    done = devsky("embed", tmp_path, "--out", tmp_path / "v", "--model", "tiny-clp")
+    assert done.returncode in (1, 2) and "tiny-clip" in done.stderr
+
+
+def test_models_and_cache_as_json(tmp_path):
+    listed = json.loads(devsky("models", "list", "--json", "--cache-dir", tmp_path).stdout)
+    assert {"tiny-clip", "clip-vit-base"} <= {m["alias"] for m in listed["models"]}
+    assert devsky("models", "verify", "tiny-clip", "--json", "--cache-dir", tmp_path).returncode == 0
+    for action in (["report"], ["verify"], ["evict", "--unused-days", "30"]):
+        done = devsky("cache", *action, "--json", "--cache-dir", tmp_path)
+        assert done.returncode == 0 and isinstance(json.loads(done.stdout), dict), done.stderr
+
+
+def test_cache_pin_verify_evict_on_a_real_cache(tmp_path):
+    from hubcache import make_repo
+    old, new = "a" * 40, "b" * 40
+    make_repo(tmp_path, "shop/model", {old: {"config.json": b"{}", "x.bin": b"1" * 5000}, new: {"config.json": b"{}", "x.bin": b"2" * 7000}}, {"main": new})
+    run = lambda *a: devsky("cache", *a, "--cache-dir", tmp_path, "--json")
+    assert run("pin", "shop/model", old, "keep").returncode == 0
+    plan = json.loads(run("evict", "--max-size", "0").stdout)
+    assert plan["freed_bytes"] == 7000 and (tmp_path / "models--shop--model" / "snapshots" / new).exists()
+    done = run("evict", "--max-size", "0", "--execute")
+    assert done.returncode == 1 and json.loads(done.stdout)["ok"] is False, "the pin makes the limit unreachable, and that is said"
+    assert not (tmp_path / "models--shop--model" / "snapshots" / new).exists()
+    assert (tmp_path / "models--shop--model" / "snapshots" / old / "x.bin").read_bytes() == b"1" * 5000
+    assert run("pin", "shop/model", "c" * 40, "gone").returncode == 2
+    blob = next(p for p in (tmp_path / "models--shop--model" / "blobs").iterdir() if p.stat().st_size == 5000)
+    blob.write_bytes(b"1" * 4000)
+    done = run("verify")
+    assert done.returncode == 1 and "x.bin" in done.stdout
+
+
+def test_ctrl_c_ends_at_once_with_130(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(folder / "000.png")
+    for i in range(1, 3000): os.link(folder / "000.png", folder / f"{i:05}.png")
+    process = subprocess.Popen([*DEVSKY, "embed", folder, "--out", tmp_path / "v", "--model", "tiny-clip", "--batch-size", "1"],
+                               stderr=subprocess.PIPE, text=True)
+    while not (line := process.stderr.read(1)): time.sleep(0.01)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    rest = process.communicate(timeout=20)[1]
+    assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
+
+
+def test_help_answers_without_heavy_imports():
+    code = "import sys; sys.argv=['devsky','--help']\ntry:\n    from devsky_nb.cli import main; main()\nexcept SystemExit: print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
+
+
+def test_the_wheel_carries_everything(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "demo", "build", "*.egg-info", "__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source], check=True, capture_output=True)
+    [wheel] = tmp_path.glob("devsky_nb-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel], check=True, capture_output=True)
+    done = subprocess.run([*DEVSKY, "demo", "--out", "demo", "--quiet"], cwd=tmp_path, capture_output=True, text=True,
+                          env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "demo" / "report.html").exists(), done.stderr
+    where = subprocess.run([sys.executable, "-c", "import devsky_nb; print(devsky_nb.__file__)"], cwd=tmp_path, capture_output=True, text=True,
+                           env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}).stdout
+    assert str(tmp_path / "site") in where
