@@ -1,11 +1,12 @@
 "The cache under damage, full disks, other processes, and the Hub's own client."
-import os, signal, subprocess, sys, time
+import logging, multiprocessing, os, shutil, signal, subprocess, sys, threading, time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 from hubcache import blob_name, make_repo
 from huggingface_hub import scan_cache_dir, snapshot_download
+from huggingface_hub.utils import _shared_blobs
 
 from devsky_nb.cache import (cache_problems, cache_report, cached_commit, last_used, pin, pins, plan_eviction, record_use, unpin, use_stamp,
                              verify_cache)
@@ -13,6 +14,7 @@ from devsky_nb.errors import ValidationError
 
 A, B, C = "a" * 40, "b" * 40, "c" * 40
 HF = Path(sys.executable).with_name("hf")
+CLIP = Path(__file__).parent.parent / "devsky_nb" / "models" / "tiny-clip" / "model.safetensors"
 
 
 @pytest.fixture
@@ -25,17 +27,30 @@ def hub(tmp_path):
 
 
 def disk_usage(folder):
-    return sum(p.stat().st_size for p in (folder).rglob("blobs/*") if p.is_file() and not p.is_symlink())
+    return sum(p.stat().st_size for p in folder.glob("models--*/**/*") if p.is_file() and not p.is_symlink() and p.parent.name not in ("refs", "devsky", "devsky-used"))
 
 
 def age(hub, commit, days):
     record_use("shop/clip", commit, hub)
     then = time.time() - 86400 * days
     os.utime(use_stamp("shop/clip", commit, hub), (then, then))
+    os.utime(hub / "models--shop--clip" / "snapshots" / commit, (then, then))
 
 
 def prune(hub):
     return subprocess.run([HF, "cache", "prune", "--yes", "--cache-dir", hub], capture_output=True, text=True, check=True)
+
+
+def become_nobody():
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+
+
+def as_nobody(act, hub):
+    "What `act(hub)` returns for a user who owns nothing here: root itself is not stopped by permissions."
+    if os.getuid() != 0: pytest.skip("only root can become another user")
+    for folder in (hub, *hub.parents[:3]): folder.chmod(0o755)  # up to pytest's own folder
+    verify_cache(cache_dir=hub), cache_problems(hub), plan_eviction(max_bytes=0, cache_dir=hub)  # load what another user could not read
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), become_nobody) as pool: return pool.submit(act, hub).result()
 
 
 def snapshots(hub):
@@ -66,9 +81,15 @@ def test_pin_names_are_checked(hub, alias):
     assert pins(hub) == {}
 
 
-@pytest.mark.parametrize("revision", ["", "d", "v1", "../../x", "refs/main", A + "0"])
+@pytest.mark.parametrize("revision", ["", "d", "v1", "../../x", "refs/main", A + "0", "a", "aaaaaa", "/etc/hostname", "a\0"])
 def test_revisions_that_are_not_cached_name_what_is(hub, revision):
     with pytest.raises(ValidationError, match="cached are aaaaaaaa, bbbbbbbb, cccccccc"): cached_commit("shop/clip", revision, hub)
+
+
+def test_files_outside_of_refs_name_no_revision(hub, tmp_path):
+    (tmp_path / "elsewhere").write_text(A)
+    for revision in (str(tmp_path / "elsewhere"), "../../../elsewhere"):
+        with pytest.raises(ValidationError, match="no cached revision"): cached_commit("shop/clip", revision, hub)
 
 
 @pytest.mark.parametrize("repo", ["shop/none", "../../etc", "", "a/b/c"])
@@ -100,22 +121,146 @@ def test_small_files_are_verified_by_gits_hash(hub):
 def test_missing_blobs_shards_components_refs_and_half_downloads_are_named(hub):
     repo = hub / "models--shop--clip"
     (repo / "blobs" / blob_name("w.safetensors", b"x" * 5000)).unlink()
+    for name, text in (("newline", C + "\n"), ("empty", ""), ("zeros", "\0" * 40)): (repo / "refs" / name).write_text(text)
+    (repo / "snapshots" / ("e" * 40)).mkdir()
     (repo / "blobs" / ("f" * 64 + ".incomplete")).write_bytes(b"half")
     (repo / "refs" / "gone").write_text("d" * 40)
     (repo / "snapshots" / A / "m.safetensors.index.json").write_text('{"weight_map": {"x": "m-1.safetensors"}}')
     (repo / "snapshots" / B / "model_index.json").write_text('{"_class_name": "P", "unet": ["diffusers", "U"], "safety": [null, null], "vae": ["diffusers", "V"]}')
     (repo / "snapshots" / B / "vae").mkdir()
     found = {(p.revision, p.file) for p in verify_cache(cache_dir=hub).problems}
-    assert found == {(C, "w.safetensors"), (None, "f" * 64 + ".incomplete"), (None, None), (A, "m-1.safetensors"), (B, "unet")}
-    assert len(cache_report(hub).problems) == 1 and "devsky cache verify" in str(cache_report(hub).problems[0])
+    assert found == {(C, "w.safetensors"), (None, "f" * 64 + ".incomplete"), (None, None), (B, "unet"), (B, "vae"), ("e" * 40, ".")}
+    assert sum(p.file is None for p in verify_cache(cache_dir=hub).problems) == 4
+    for owner in (cache_report(hub), plan_eviction(max_bytes=0, cache_dir=hub)):
+        assert len(owner.problems) == 1 and "devsky cache verify" in repr(owner)
 
 
-def test_copies_without_links_cannot_be_judged_and_are_not_called_damaged(tmp_path):
+@pytest.mark.parametrize("files, missing", [
+    (["m-00001-of-00003.safetensors", "m-00003-of-00003.safetensors"], ["m-00002-of-00003.safetensors"]),
+    (["m.safetensors.index.json"], ["m-1.safetensors", "m-2.safetensors"]),
+    (["m.safetensors.index.json", "m-1.safetensors"], ["m-2.safetensors"]),
+    (["m.safetensors.index.json", "training_args.bin"], ["m-1.safetensors", "m-2.safetensors"]),
+    (["m.safetensors.index.json", "pytorch_model.bin"], []),
+    (["m.safetensors.index.json", "m-1.safetensors", "m-2.safetensors"], []),
+    (["unet/m.safetensors.index.json", "unet/m-2.safetensors"], ["unet/m-1.safetensors"]),
+    (["config.json"], ["config.json"]), (["config.json", "model.safetensors"], []), (["config.json", "onnx/model.onnx"], []),
+    (["config.json", "training_args.bin"], ["config.json"]), (["unet/config.json", "vae/config.json", "vae/m.safetensors"], ["unet/config.json"]),
+    (["tokenizer.json"], []),
+])
+def test_half_downloads(tmp_path, files, missing):
+    content = {"m.safetensors.index.json": b'{"weight_map": {"a": "m-1.safetensors", "b": "m-2.safetensors"}}', "config.json": b'{"architectures": ["M"]}'}
+    make_repo(tmp_path, "a/b", {A: {f: content.get(f.split("/")[-1], f.encode()) for f in files}})
+    report = verify_cache(cache_dir=tmp_path)
+    assert sorted(p.file for p in report.problems) == missing and all(f"--revision {A} --cache-dir {tmp_path}" in p.remedy for p in report.problems)
+
+
+@pytest.mark.parametrize("text", [b"", b"[1]", b"nul", b"{", b"\xff", b'{"weight_map": 3}', b'{"weight_map": {"a": 1, "b": ["x"]}}', b'{"unet": 3}', b'{"architectures": 7}'])
+@pytest.mark.parametrize("name", ["model_index.json", "m.safetensors.index.json", "config.json"])
+def test_hostile_json_ends_no_verification(tmp_path, name, text):
+    make_repo(tmp_path, "a/b", {A: {name: text, "model.safetensors": b"w"}})
+    assert verify_cache(cache_dir=tmp_path).ok
+
+
+def test_blobs_that_cannot_be_read_are_findings(hub):
+    blobs = hub / "models--shop--clip" / "blobs"
+    os.mkfifo(blobs / ("1" * 64))
+    (blobs / ("2" * 64)).mkdir()
+    (blobs / ("3" * 64)).write_bytes(b"of no revision")
+    problems = verify_cache(cache_dir=hub).problems
+    assert [p.what.split(":")[0] for p in problems] == ["not a file", "not a file", "damaged"] and all(f"rm {blobs}/{p.file}" in p.remedy for p in problems)
+
+
+def test_a_blob_that_may_not_be_read_is_a_finding_for_another_user(hub):
+    blob = hub / "models--shop--clip" / "blobs" / blob_name("config.json", b"{1}")
+    blob.chmod(0)
+    assert [p.what for p in as_nobody(problems_of, hub)] == ["cannot be read: Permission denied"]
+
+
+def problems_of(hub): return verify_cache(cache_dir=hub).problems
+
+
+def test_copies_without_links_have_no_checksum_and_are_judged_as_far_as_possible(tmp_path):
     snapshot = tmp_path / "models--a--b" / "snapshots" / A
     snapshot.mkdir(parents=True)
-    (snapshot / "model.safetensors").write_bytes(b"w")
+    shutil.copy(CLIP, snapshot / "model.safetensors")
+    (snapshot / "vocab.txt").write_bytes(b"w")
     report = verify_cache(cache_dir=tmp_path)
-    assert report.ok and report.unverifiable == 1 and "1 without a checksum" in repr(report)
+    assert report.ok and report.unverifiable == 2 and "2 without a checksum" in repr(report)
+    os.truncate(snapshot / "model.safetensors", 100_000)
+    assert [p.file for p in verify_cache(cache_dir=tmp_path).problems] == ["model.safetensors"]
+    before = disk_usage(tmp_path)
+    done = plan_eviction(max_bytes=0, cache_dir=tmp_path).execute()
+    assert done.freed_bytes == before - disk_usage(tmp_path) == 100_001
+
+
+def test_names_that_are_no_hash_are_not_called_damaged(hub):
+    repo = hub / "models--shop--clip"
+    (repo / "blobs" / "some-xet-name").write_bytes(b"hello")
+    (repo / "snapshots" / A / "README.md").symlink_to("../../blobs/some-xet-name")
+    report = verify_cache(cache_dir=hub)
+    assert report.ok and report.unverifiable == 1
+
+
+def test_the_hubs_shared_blob_store(tmp_path):
+    weights, links = b"s" * 7000, []
+    for repo_id in ("shop/one", "shop/two"):
+        repo = make_repo(tmp_path, repo_id, {A: {"config.json": repo_id.encode(), "w.safetensors": weights}})
+        links.append(repo / "blobs" / blob_name("w.safetensors", weights))
+        assert _shared_blobs.publish_blob_to_shared_store(blob_path=str(links[-1]), xet_hash="c0" * 32, cache_dir=tmp_path, expected_size=7000)
+    store = links[0].resolve()
+    assert store == links[1].resolve() and verify_cache(cache_dir=tmp_path).ok and cache_report(tmp_path).size == 7016
+    pin("shop/two", A, "x", tmp_path)
+    plan = plan_eviction(max_bytes=0, cache_dir=tmp_path)
+    assert [r.repo_id for r in plan.evict] == ["shop/one"] and plan.freed_bytes == plan.execute().freed_bytes == 8 and store.exists()
+    store.write_bytes(b"S" * 7000)
+    assert [p.repo_id for p in verify_cache(cache_dir=tmp_path).problems] == ["shop/two"]
+    unpin("shop/two", "x", tmp_path)
+    plan = plan_eviction(max_bytes=0, cache_dir=tmp_path)
+    assert plan.freed_bytes == 7008 == plan.execute().freed_bytes and not store.exists()
+
+
+def test_a_commit_that_two_repositories_share_is_evicted_where_planned(tmp_path):
+    for i in range(6):
+        cache = tmp_path / str(i)
+        for repo_id, size in (("shop/original", 100), ("shop/duplicate", 200)): make_repo(cache, repo_id, {A: {"config.json": b"1" * size}})
+        pin("shop/original", A, "production", cache)
+        done = plan_eviction(max_bytes=0, cache_dir=cache).execute()
+        assert done.freed_bytes == 200 and [p.name for p in cache.iterdir()] == ["models--shop--original"]
+
+
+def test_nothing_is_sacrificed_for_nothing(hub):
+    for commit, days in ((A, 3), (B, 2), (C, 1)): age(hub, commit, days)
+    repo = hub / "models--shop--clip"
+    shutil.copytree(repo / "snapshots" / B, repo / "snapshots" / ("d" * 40), symlinks=True)
+    age(hub, "d" * 40, 9)
+    pin("shop/clip", B, "x", hub)
+    assert [r.commit for r in plan_eviction(max_bytes=0, cache_dir=hub).evict] == [A, C]
+    assert [r.commit for r in plan_eviction(unused_days=8, cache_dir=hub).evict] == ["d" * 40]
+
+
+def test_keep_and_other_repository_types_stay(hub):
+    make_repo(hub, "shop/hats", {A: {"config.json": b"hats"}})
+    data = hub / "datasets--shop--clip" / "snapshots" / A
+    data.mkdir(parents=True)
+    (data / "rows.csv").write_bytes(b"1234567890")
+    plan = plan_eviction(max_bytes=0, cache_dir=hub, keep=["shop/hats", B])
+    done = plan.execute()
+    assert snapshots(hub) == {B} and (hub / "models--shop--hats").exists() and data.exists()
+    assert not done.ok and "no model" in str(done) and plan.size == 9000 + 5000 + 3 + 4 + 5 + 4 + 10
+
+
+def test_a_running_download_is_not_deleted_with_its_repository(hub):
+    running = hub / "models--shop--clip" / "blobs" / ("f" * 64 + ".12345678.incomplete")
+    early = plan_eviction(max_bytes=0, cache_dir=hub)
+    running.write_bytes(b"half")
+    assert plan_eviction(max_bytes=0, cache_dir=hub).evict == []
+    assert len(early.execute().skipped) == 3 and running.exists() and snapshots(hub) == {A, B, C}
+
+
+def test_a_fetched_revision_is_not_as_old_as_its_stamp(hub):
+    age(hub, A, 100)
+    os.utime(hub / "models--shop--clip" / "snapshots" / A)
+    assert plan_eviction(unused_days=30, cache_dir=hub).evict == []
 
 
 def test_eviction_frees_exactly_what_it_says_and_keeps_shared_blobs(hub):
@@ -176,21 +321,48 @@ def use_often(args):
     return all(record_use("shop/clip", (A, B, C)[i % 3], hub) for i in range(n))
 
 
-def test_many_processes_log_their_use_at_once(hub):
-    with ProcessPoolExecutor(4) as pool: assert all(pool.map(use_often, [(hub, 300)] * 4))
-    assert {c for _, c in last_used(hub)} == {A, B, C}
+def test_many_processes_and_threads_log_their_use_at_once(hub):
+    results = []
+    threads = [threading.Thread(target=lambda: results.append(use_often((hub, 300)))) for _ in range(4)]
+    with ProcessPoolExecutor(3) as pool:
+        running = pool.map(use_often, [(hub, 300)] * 3)
+        for t in threads: t.start()
+        for t in threads: t.join()
+        assert all(running) and results == [True] * 4
+    assert {c for _, c in last_used(hub)} == {A, B, C} and len(list((hub / "models--shop--clip" / "devsky-used").iterdir())) == 3
+
+
+@pytest.mark.parametrize("repo, commit", [("shop/clip", "d" * 40), ("shop/none", A), ("shop/clip", "main"), ("shop/clip", ""), ("shop/clip", "../snapshots/" + A),
+                                          ("../x", A), ("shop/clip", "../../../../escaped")])
+def test_a_use_of_what_is_not_cached_is_not_logged(hub, repo, commit):
+    before = sorted(hub.parent.rglob("*"))
+    assert record_use(repo, commit, hub) is False and last_used(hub) == {} and sorted(hub.parent.rglob("*")) == before
+
+
+def test_kill_9_of_a_writer_leaves_the_log_readable(hub):
+    code = f"from devsky_nb.cache import record_use\nprint(1, flush=True)\nwhile True:\n    for c in ({A!r}, {B!r}): record_use('shop/clip', c, {str(hub)!r})"
+    for _ in range(3):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(0.1)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        used = last_used(hub)
+        assert set(used) == {("shop/clip", A), ("shop/clip", B)} and all(time.time() - t < 60 for t in used.values())
+    assert scan_cache_dir(hub).warnings == []
 
 
 def test_kill_9_while_pinning_leaves_a_whole_ref_or_the_old_one(hub):
     pin("shop/clip", A, "x", hub)
-    code = f"from devsky_nb.cache import pin\nwhile True:\n    for c in ({A!r}, {B!r}): pin('shop/clip', c, 'x', {str(hub)!r})"
-    for _ in range(4):
-        process = subprocess.Popen([sys.executable, "-c", code])
-        time.sleep(0.6)
+    code = f"from devsky_nb.cache import pin\nprint(1, flush=True)\nwhile True:\n    for c in ({A!r}, {B!r}): pin('shop/clip', c, 'x', {str(hub)!r})"
+    for _ in range(5):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        for _ in range(20): assert scan_cache_dir(hub).warnings == []
         process.send_signal(signal.SIGKILL)
         process.wait()
-        assert pins(hub)["shop/clip", "x"] in (A, B)
-        assert scan_cache_dir(hub).warnings == [] or all("missing commit" not in str(w) for w in scan_cache_dir(hub).warnings)
+        assert pins(hub)["shop/clip", "x"] in (A, B) and set(pins(hub)) == {("shop/clip", "x")}
+        assert scan_cache_dir(hub).warnings == [] and verify_cache(cache_dir=hub).ok
 
 
 @pytest.fixture
@@ -216,6 +388,21 @@ def test_a_read_only_cache_still_loads_and_refuses_a_pin(mounted):
     with pytest.raises(ValidationError, match="cannot pin.*[Rr]ead-only"): pin("shop/clip", A, "x", disk)
     assert any("cannot be written" in p.what for p in cache_problems(disk))
     assert verify_cache(cache_dir=disk).ok
+    with pytest.raises(ValidationError, match="cannot delete.*[Rr]ead-only"): plan_eviction(max_bytes=0, cache_dir=disk).execute()
+    assert verify_cache(cache_dir=disk).ok
+
+
+def use_and_evict(hub):
+    logging.disable(logging.CRITICAL)  # the Hub's client logs each refusal
+    with pytest.raises(ValidationError, match="cannot pin.*Permission denied"): pin("shop/clip", A, "x", hub)
+    assert record_use("shop/clip", A, hub) is False and any("cannot be written" in p.what for p in cache_problems(hub)) and verify_cache(cache_dir=hub).ok
+    return plan_eviction(max_bytes=0, cache_dir=hub).execute()
+
+
+def test_another_users_cache_is_read_and_eviction_does_not_claim_what_it_may_not_delete(hub):
+    done = as_nobody(use_and_evict, hub)
+    assert (done.freed_bytes, len(done.skipped), done.evict, done.ok) == (0, 3, [], False)
+    assert snapshots(hub) == {A, B, C} and verify_cache(cache_dir=hub).ok
 
 
 def test_a_full_disk_leaves_no_half_written_pin(mounted):
@@ -223,18 +410,61 @@ def test_a_full_disk_leaves_no_half_written_pin(mounted):
     make_repo(disk, "shop/clip", {A: {"config.json": b"{}"}})
     with pytest.raises(OSError): (disk / "filler").write_bytes(b"0" * 100_000)
     with pytest.raises(ValidationError, match="No space left"): pin("shop/clip", A, "x", disk)
-    assert pins(disk) == {} and not list((disk / "models--shop--clip" / "refs").rglob("*.*"))
+    assert pins(disk) == {} and not list((disk / "models--shop--clip").rglob(".devsky-*"))
+    assert record_use("shop/clip", A, disk) in (True, False)  # an empty file may still fit
+    (disk / "filler").unlink()
+    pin("shop/clip", A, "x", disk)
+    assert scan_cache_dir(disk / ".").repos and verify_cache(cache_dir=disk).ok and record_use("shop/clip", A, disk)
+
+
+def test_a_disk_without_room_for_another_file_fails_no_model_load(mounted):
+    disk = mounted("size=1m,nr_inodes=16")
+    make_repo(disk, "shop/clip", {A: {"config.json": b"{}"}})
+    with pytest.raises(OSError):
+        for i in range(16): (disk / f"filler{i}").touch()
+    assert record_use("shop/clip", A, disk) is False and last_used(disk) == {}
+    with pytest.raises(ValidationError, match="No space left"): pin("shop/clip", A, "x", disk)
+    assert pins(disk) == {} and verify_cache(cache_dir=disk).ok
+
+
+CLEAN = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS", "HUGGINGFACE", "XDG_"))} | {"HOME": "/home/shop"}
 
 
 @pytest.mark.parametrize("setup, expected", [
     ("", []),
+    ("os.environ |= {'HF_HUB_OFFLINE': 'true', 'HF_HOME': '~/x', 'HF_HUB_CACHE': '$HOME/x/hub'}", []),
     ("os.environ['TRANSFORMERS_CACHE'] = '/x'", ["TRANSFORMERS_CACHE=/x is read by no library"]),
     ("import huggingface_hub.constants; os.environ['HF_HOME'] = '/late'", ["HF_HOME=/late was set after huggingface_hub was loaded"]),
+    ("import huggingface_hub.constants; os.environ['HF_HUB_CACHE'] = '/late'", ["HF_HUB_CACHE=/late was set after huggingface_hub was loaded"]),
     ("import transformers; os.environ['HF_HUB_OFFLINE'] = '1'", ["HF_HUB_OFFLINE=1 was set after"]),
     ("os.environ |= {'HF_HOME': '/a', 'HF_HUB_CACHE': '/b'}", ["HF_HUB_CACHE=/b decides where models are"]),
+    ("os.environ |= {'HF_HUB_DISABLE_SYMLINKS': '1', 'HF_HUB_CACHE': '/tmp'}", ["/tmp has no symbolic links"]),
 ])
 def test_settings_without_effect_are_explained(setup, expected):
     code = f"import os\n{setup}\nfrom devsky_nb.cache import cache_problems\nprint(*[p.what for p in cache_problems()], sep='\\n', end='')"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS"))}
-    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env).stdout.splitlines()
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=CLEAN).stdout.splitlines()
     assert len(lines) == len(expected) and all(line.startswith(e) for line, e in zip(lines, expected)), lines
+
+
+@pytest.mark.parametrize("setup, call, expected", [
+    ("", "'/m', True", "/m/hub True"),
+    ("os.environ['HF_HUB_CACHE'] = '/m/hub'", "'/m'", "/m/hub False"),
+    ("import huggingface_hub.constants", "offline=False", "/home/shop/.cache/huggingface/hub False"),
+    ("os.environ['HF_HOME'] = '/m'; import huggingface_hub.constants", "'/m/'", "/m/hub False"),
+    ("import transformers", "'/m'", "HF_HOME=/m comes too late: transformers and huggingface_hub were imported before, and HF_HOME=/home/shop/.cache/huggingface stays"),
+    ("import huggingface_hub.constants", "offline=True", "HF_HUB_OFFLINE=1 comes too late: huggingface_hub was imported before, and HF_HUB_OFFLINE=0 stays"),
+    ("os.environ['HF_HUB_CACHE'] = '/b'", "'/m'", "HF_HOME=/m would not move the models: HF_HUB_CACHE=/b decides"),
+    ("os.environ['HUGGINGFACE_HUB_CACHE'] = '/b'", "'/m'", "HF_HOME=/m would not move the models: HUGGINGFACE_HUB_CACHE=/b decides"),
+])
+def test_settings_are_made_while_they_have_an_effect_and_refused_later(setup, call, expected):
+    code = f"""import os, sys
+{setup}
+from devsky_nb.cache import configure_cache, hub_cache
+before = {{m for m in sys.modules if m.startswith("huggingface_hub")}}
+try: configure_cache({call})
+except ValueError as e: print(e); sys.exit()
+assert before == {{m for m in sys.modules if m.startswith("huggingface_hub")}}
+from huggingface_hub import constants
+print(constants.HF_HUB_CACHE, constants.HF_HUB_OFFLINE)"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=CLEAN)
+    assert done.stdout.startswith(expected), (done.stdout, done.stderr)
