@@ -181,14 +181,17 @@ def embed_stream(self: CLIPImageEmbedder,
 @patch
 def _stream(self: CLIPImageEmbedder, source: Iterator[tuple], batch_size: int, on_image: Callable | None, hash_pixels: bool) -> Iterator[Embedded]:
     pending, portion = deque(), self._portion(batch_size)
+    ahead = 0 if self.device == "cpu" else 2 * batch_size
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "devsky-decode") as pool:
-        def fill(n): pending.extend(pool.submit(self._prepare, i, x, on_image, hash_pixels) for i, x in islice(source, n))
+        def fill(n):
+            pending.extend(pool.submit(self._prepare, i, x, on_image, hash_pixels) for i, x in islice(source, max(0, n - len(pending))))
         try:
-            fill(2 * batch_size)
+            fill(portion)
             while pending:
                 ready = [pending.popleft().result() for _ in range(min(portion, len(pending)))]
-                fill(portion)
+                fill(ahead)
                 yield from self._finish(ready)
+                fill(portion)
         finally:
             for future in pending: future.cancel()
 
