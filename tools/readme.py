@@ -2,7 +2,7 @@
 
 usage: python tools/readme.py [OUTPUT]      (default: README.md beside settings.ini)
 """
-import sys
+import posixpath, re, sys
 from pathlib import Path
 
 import nbformat
@@ -18,9 +18,11 @@ def readme(notebook: Path) -> str:
     nb.cells = [c for c in nb.cells if not c.source.lstrip().startswith(("#| hide", "#|hide"))]
     for c in nb.cells:
         if c.cell_type == "code": c.source = "\n".join(l for l in c.source.splitlines() if not l.startswith("#|"))
+    nb.metadata.language_info = {"name": "python"}
     body, resources = MarkdownExporter().from_notebook_node(nb)
     if resources["outputs"]: raise SystemExit("index.ipynb must link its pictures, not produce them: README.md is a single file")
-    return NOTE + "\n".join(line.rstrip() for line in body.strip().splitlines()) + "\n"
+    body = re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({posixpath.normpath(posixpath.join('nbs', m[1]))})", body)
+    return NOTE + re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in body.strip().splitlines())) + "\n"
 
 
 if __name__ == "__main__":
