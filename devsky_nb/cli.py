@@ -16,7 +16,7 @@ import devsky_nb
 from .errors import DevSkyyError, FileNotFoundError, ValidationError
 
 # %% ../nbs/15_cli.ipynb #82916090
-def emit(result,  # has `to_dict`, or is plain data
+def emit(result: object,  # has `to_dict`, or is plain data
          as_json: bool,
          ) -> None:
     "Print a result for a person or for a program."
@@ -169,7 +169,7 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
     for p in actions.choices.values(): p.add_argument("--cache-dir", metavar="DIR", help="Hub cache (default: the usual one)")
 
 # %% ../nbs/15_cli.ipynb #4c766d83
-def leaf(actions, name: str, help: str) -> argparse.ArgumentParser:
+def leaf(actions: "argparse._SubParsersAction", name: str, help: str) -> argparse.ArgumentParser:
     "A command that does something, with the options that all have."
     p = actions.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     p.add_argument("--json", action="store_true", help="one JSON document on standard output")

@@ -198,7 +198,7 @@ def _stream(self: CLIPImageEmbedder, source: Iterator[tuple], batch_size: int, o
 # %% ../nbs/06_clip.ipynb #bad57307
 @patch
 def encode_image(self: CLIPImageEmbedder,
-                 image_input,  # path, bytes, PIL image, or HxWx3 uint8 array
+                 image_input: "str | os.PathLike | bytes | Image.Image | np.ndarray",  # path, bytes, PIL image, or HxWx3 uint8 array
                  ) -> "torch.Tensor":  # (1, D) float32, length 1
     "The vector of one image."
     import torch
