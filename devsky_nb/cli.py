@@ -8,7 +8,7 @@ __all__ = ['COMMANDS', 'GROUPS', 'emit', 'add_model_options', 'make_embedder', '
            'cache_options', 'leaf', 'make_parser', 'fail', 'main']
 
 # %% ../nbs/15_cli.ipynb #cb549a4f
-import argparse, json, sys
+import argparse, json, sys, warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -199,7 +199,10 @@ def main(argv: list[str] | None = None) -> int:  # the exit status
     "Run `devsky` with these arguments."
     args = make_parser().parse_args(argv)
     run: Callable = ({**COMMANDS, **GROUPS})[args.command][0]
-    try: return run(args)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow finds odd is in the records
+            return run(args)
     except DevSkyyError as e: return fail(e, args.json)
     except KeyboardInterrupt:
         print("devsky: interrupted; what was written so far is complete", file=sys.stderr)

@@ -5,23 +5,18 @@
 # %% auto #0
 __all__ = ['OUTPUTS', 'PRECISIONS', 'clip_vectors', 'one_of', 'CLIPImageEmbedder', 'is_out_of_memory', 'Embedded']
 
-# %% ../nbs/06_clip.ipynb #4f6332a5
-import hashlib, os
+# %% ../nbs/06_clip.ipynb #6fd27558
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 from fastcore.basics import patch
-from PIL import Image
 
 from .device import check_device
 from .errors import DevSkyyError, InsufficientMemoryError, MLError, ValidationError
-from .images import ClipPreprocessor, ImagePolicy, ImageRecord, load_image, pixel_hash
-from .registry import load_model, locate_model
 
 # %% ../nbs/06_clip.ipynb #bba52969
 OUTPUTS = ("projected", "pooled", "cls")
@@ -59,12 +54,14 @@ class CLIPImageEmbedder:
                  *,
                  output: str = "projected",  # "projected", "pooled" or "cls"
                  precision: str = "auto",  # "auto" is exact fp32; "bf16" and "fp16" must be asked for
-                 policy: ImagePolicy = ImagePolicy(),  # how files are read; see `devsky_nb.images`
+                 policy: "ImagePolicy | None" = None,  # how files are read; None: as `devsky_nb.images` does
                  offline: bool | None = None,  # True: never fetch; None: as HF_HUB_OFFLINE says
                  ):
         import torch
+        from devsky_nb.images import ClipPreprocessor, ImagePolicy
+        from devsky_nb.registry import load_model, locate_model
         self.output, self.precision = one_of("output", output, OUTPUTS), one_of("precision", precision, PRECISIONS)
-        self.model_name, self.device, self.policy = str(model_name), check_device(device), policy
+        self.model_name, self.device, self.policy = str(model_name), check_device(device), policy or ImagePolicy()
         self.path = locate_model(self.model_name, cache_dir=cache_dir, offline=offline)
         self.dtype = getattr(torch, PRECISIONS[precision])
         self.model = load_model(str(self.path), device=self.device, dtype=self.dtype)
@@ -89,10 +86,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 # %% ../nbs/06_clip.ipynb #ff3ed9d6
 @patch
 def _forward(self: CLIPImageEmbedder,
-             pixels: np.ndarray,  # (N, 3, S, S) float32
-             ) -> np.ndarray:  # (N, D) float32, length 1 each
+             pixels: "np.ndarray",  # (N, 3, S, S) float32
+             ) -> "np.ndarray":  # (N, D) float32, length 1 each
     "Vectors of prepared pixels; halves the batch for as long as it does not fit."
-    import torch
+    import numpy as np, torch
     try:
         with torch.inference_mode():
             vectors = clip_vectors(self.model, torch.from_numpy(pixels).to(self.device, self.dtype), self.output)
@@ -110,8 +107,8 @@ class Embedded:
     "What became of one input."
     index: int  # position in the input
     source: object = field(repr=False)  # the input itself
-    record: ImageRecord | None = None  # what was read; None if it could not be
-    vector: np.ndarray | None = None  # (D,) float32, length 1
+    record: "ImageRecord | None" = None  # what was read; None if it could not be
+    vector: "np.ndarray | None" = None  # (D,) float32, length 1
     error: DevSkyyError | None = None  # why there is no vector
     pixel_hash: str | None = None  # equal for equal pictures, if it was asked for
 
@@ -125,10 +122,11 @@ class Embedded:
 def _prepare(self: CLIPImageEmbedder,
              index: int,
              source,  # path, bytes, PIL image or array
-             on_image: Callable[[int, Image.Image], None] | None,
+             on_image: "Callable[[int, Image.Image], None] | None",
              hash_pixels: bool,
-             ) -> tuple[Embedded, np.ndarray | None]:  # the pixels are (3, S, S) float32; None after an error
+             ) -> "tuple[Embedded, np.ndarray | None]":  # the pixels are (3, S, S) float32; None after an error
     "Read one input and make it ready for the model."
+    from devsky_nb.images import load_image, pixel_hash
     try:
         image, record = load_image(source, self.policy)
         pixels = self.preprocess(image)
@@ -141,9 +139,10 @@ def _prepare(self: CLIPImageEmbedder,
 # %% ../nbs/06_clip.ipynb #67a82f18
 @patch
 def _finish(self: CLIPImageEmbedder,
-            prepared: list[tuple[Embedded, np.ndarray | None]],
+            prepared: "list[tuple[Embedded, np.ndarray | None]]",
             ) -> list[Embedded]:  # the same inputs, each with its vector or its error
     "Run the model on what could be prepared."
+    import numpy as np
     ready = [i for i, (_, pixels) in enumerate(prepared) if pixels is not None]
     try: vectors = dict(zip(ready, self._forward(np.stack([prepared[i][1] for i in ready])))) if ready else {}
     except MLError as e: return [self._failed(item, e) if px is not None else item for item, px in prepared]
@@ -163,7 +162,7 @@ def embed_stream(self: CLIPImageEmbedder,
                  items: Iterable,  # paths, bytes, PIL images or arrays; may be endless
                  batch_size: int = 32,  # images per run of the model, at least 1
                  *,
-                 on_image: Callable[[int, Image.Image], None] | None = None,  # sees each decoded image, in a worker thread
+                 on_image: "Callable[[int, Image.Image], None] | None" = None,  # sees each decoded image, in a worker thread
                  hash_pixels: bool = False,  # fill in `Embedded.pixel_hash`
                  ) -> Iterator[Embedded]:  # one for every input, in input order
     "Embed a stream of images in bounded memory."
@@ -173,6 +172,7 @@ def embed_stream(self: CLIPImageEmbedder,
 
 @patch
 def _stream(self: CLIPImageEmbedder, source: Iterator[tuple], batch_size: int, on_image: Callable | None, hash_pixels: bool) -> Iterator[Embedded]:
+    from concurrent.futures import ThreadPoolExecutor
     pending = deque()
     ahead = 0 if self.device == "cpu" else 2 * batch_size
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "devsky-decode") as pool:
@@ -206,7 +206,7 @@ def encode_images_batch(self: CLIPImageEmbedder,
                         batch_size: int = 32,
                         ) -> "torch.Tensor":  # (N, D) float32, length 1 each
     "The vectors of a list of images."
-    import torch
+    import numpy as np, torch
     if not isinstance(image_inputs, (list, tuple)) or not image_inputs:
         raise ValidationError(f"image_inputs must be a list of at least one image, not {type(image_inputs).__name__} "
                               f"of length {len(image_inputs) if hasattr(image_inputs, '__len__') else 'unknown'}")
@@ -255,10 +255,10 @@ def encode_text(self: CLIPImageEmbedder,
 # %% ../nbs/06_clip.ipynb #da125756
 @patch
 def zero_shot(self: CLIPImageEmbedder,
-              vectors: np.ndarray,  # (N, D), as this embedder made them
+              vectors: "np.ndarray",  # (N, D), as this embedder made them
               labels: list[str],  # L of them
               template: str = "a photo of a {}",  # "{}" stands for the label
-              ) -> np.ndarray:  # (N, L) float32, rows sum to 1
+              ) -> "np.ndarray":  # (N, L) float32, rows sum to 1
     "How probable each label is for each image, among these labels."
     import torch
     if "{}" not in template: raise ValidationError(f"template {template!r} has no '{{}}' for the label")
@@ -269,6 +269,7 @@ def zero_shot(self: CLIPImageEmbedder,
 @patch(as_prop=True)
 def fingerprint(self: CLIPImageEmbedder) -> str:  # such as "projected-fp32-1f0c…", the same on every machine
     "Name of everything that the vectors depend on."
+    import hashlib
     if not hasattr(self, "_fingerprint"):
         h = hashlib.sha256(repr(self.preprocess).encode())
         for file in sorted(self.path.glob("*.safetensors")):

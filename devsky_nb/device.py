@@ -11,8 +11,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from .errors import ValidationError
 
 # %% ../nbs/01_device.ipynb #52cf2bae
@@ -73,7 +71,7 @@ def container_limit(root: str | Path = "/sys/fs/cgroup",  # where control groups
 def memory_info(device: str | None = None,  # None: the best there is
                 ) -> MemoryInfo:
     "Free and total memory of a device."
-    import torch
+    import psutil, torch
     device = check_device(device)
     if device.startswith("cuda"): return MemoryInfo(device, *torch.cuda.mem_get_info(device))
     if device.startswith("mps"):
@@ -86,4 +84,5 @@ def memory_info(device: str | None = None,  # None: the best there is
 # %% ../nbs/01_device.ipynb #2db42c49
 def process_memory() -> int:  # resident set size in bytes
     "Memory that this process holds right now."
+    import psutil
     return psutil.Process(os.getpid()).memory_info().rss

@@ -55,6 +55,12 @@ def test_importing_a_module_imports_no_heavy_library(module):
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("module", ["errors", "device", "clip", "bulk", "cli"])
+def test_what_a_user_imports_first_is_instant(module):
+    done = run(f"import sys, devsky_nb.{module}; print(sorted({{'numpy', 'PIL', 'psutil', 'rich', 'jinja2'}} & set(sys.modules)))")
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
 def test_requirements_are_pinned_within_their_ranges():
     from configparser import ConfigParser
 
