@@ -101,7 +101,7 @@ class EmbedReport:
 
     def __repr__(self) -> str:
         why = ", ".join(f"{n} {reason}" for reason, n in sorted(self.reasons.items()))
-        return f"{self.total} images: {self.embedded} embedded, {self.duplicate} duplicates, {self.error} failed" + (f" ({why})" if why else "")
+        return f"{self.total} images: {self.embedded} embedded, {self.duplicate} duplicate{'s'[:self.duplicate != 1]}, {self.error} failed" + (f" ({why})" if why else "")
 
 # %% ../nbs/08_bulk.ipynb #5b17a753
 def new_output(out: str | Path) -> Path:  # an existing folder without shards
