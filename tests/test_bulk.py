@@ -65,6 +65,16 @@ def test_kill_9_leaves_only_whole_shards(tmp_path):
     assert all(pq.read_table(p).num_rows == 2 for p in parts[:-1])
 
 
+def test_a_shard_appears_only_when_it_is_whole_and_on_the_disk(embedder, tmp_path, monkeypatch):
+    seen, flush = [], os.fsync
+    def look(fd):
+        seen.append([p.name for p in (tmp_path / "out").glob("*.parquet")])
+        flush(fd)
+    monkeypatch.setattr(os, "fsync", look)
+    embed_images(pictures(tmp_path / "in", 3), tmp_path / "out", embedder, shard_rows=2)
+    assert seen == [[], ["part-00000.parquet"]]
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     disk = tmp_path / "disk"
