@@ -1,5 +1,5 @@
 "The registry under threads, processes, crashes, damaged files, and against a real HTTP server that speaks the Hub's protocol."
-import hashlib, json, os, re, shutil, signal, subprocess, sys, threading, time
+import hashlib, json, os, re, shutil, signal, socket, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -80,6 +80,33 @@ def test_offline_errors_name_both_ways_out(name, command, tmp_path, monkeypatch)
     assert e.value.details["remedies"] == [command, "--model tiny-clip"] and json.dumps(e.value.to_dict())
 
 
+def test_a_folder_beside_us_does_not_hide_a_known_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(TINY, "clip-vit-base")
+    Path("openai/clip-vit-base-patch32").mkdir(parents=True)
+    for name in ("clip-vit-base", "openai/clip-vit-base-patch32"):
+        with pytest.raises(ModelNotFoundError): locate_model(name, tmp_path / "hub", offline=True)
+    for name in (Path("clip-vit-base"), "./clip-vit-base"): assert locate_model(name) == tmp_path / "clip-vit-base"
+    for name in (None, 5):
+        with pytest.raises(ValidationError, match="expected an alias"): locate_model(name)
+
+
+def test_the_registry_takes_whatever_names_a_model(shop, loads):
+    r = ModelRegistry(shop, offline=True, device="cpu")
+    assert r.get_model("shop/clip") is r.get_model("shop/clip")  # nobody registered it
+    assert r.get_model(TINY) is r.get_model(str(TINY)) and r.get_model(TINY) is not r.get_model("tiny-clip") and len(loads) == 3
+    with r.lease(TINY), pytest.raises(MLError, match="in use"): r.unload(TINY)
+    with pytest.raises(ValidationError, match="has no versions"): r.get_model(TINY, "abc")
+    assert r.unload(str(TINY)) == r.unload("shop/clip") > 0
+    assert r.prefetch("shop/clip", OLD).ok
+    with r.lease("shop/clip"): assert ("shop--clip", OLD) in r._loaded
+
+
+@pytest.mark.parametrize("limit", [0, -1, "1GB", float("nan"), 1.5])
+def test_a_limit_is_a_number_of_bytes(limit):
+    with pytest.raises(ValidationError, match="whole bytes"): ModelRegistry(max_bytes=limit)
+
+
 def test_offline_by_environment_is_named_as_the_reason(tmp_path):
     done = python("from devsky_nb.registry import *; from devsky_nb.errors import MLError\ntry: locate_model('clip-vit-base')\nexcept MLError as e: print(e)",
                   env={"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})
@@ -100,8 +127,14 @@ def test_damaged_weights_are_named_with_the_remedy(damage, where, shop, tmp_path
     if where == "folder": folder = Path(shutil.copytree(folder, tmp_path / "copy"))
     damage((folder / "model.safetensors").resolve())
     with pytest.raises(ModelLoadError) as e: load_model("shop/other" if where == "cache" else folder, "cpu", cache_dir=shop, offline=True)
-    assert "safetensors" in str(e.value) and ("hf download shop/other --force-download" if where == "cache" else "Copy or save the folder again") in str(e.value)
+    assert "safetensors" in str(e.value) and (f"hf download shop/other --revision {OLD} --force-download --cache-dir {shop}" if where == "cache" else "Copy or save the folder again") in str(e.value)
     assert damage not in (break_truncate, break_garbage) or e.value.original_error is not None
+
+
+def test_a_snapshot_without_its_config_is_half_downloaded(shop):
+    (shop / "models--shop--other" / "snapshots" / OLD / "config.json").unlink()
+    with pytest.raises(ModelLoadError, match="config.json: it was never downloaded. Fetch it again with `hf download shop/other --revision"):
+        load_model("shop/other", "cpu", cache_dir=shop, offline=True)
 
 
 def test_pickles_are_never_loaded(tmp_path):
@@ -237,6 +270,25 @@ def test_eviction_passes_over_a_leased_model_although_it_is_the_oldest(shop):
         assert [k[0] for k in r._loaded] == ["clip", "tiny-clip"]
 
 
+def test_threads_that_lease_more_than_fits_keep_the_limit_and_their_models(shop):
+    size, bad, stop = reg.model_bytes(load_model("tiny-clip", "cpu")), [], time.monotonic() + 4
+    r = make_registry(shop, max_bytes=2 * size + 1000)
+    names = ["clip", "other", "tiny-clip", "shop/clip"]
+
+    def work(k):
+        for i in range(10_000):
+            if time.monotonic() > stop: return
+            try:
+                with r.lease(names[(i * (k + 1)) % 4]) as model:
+                    for _ in range(2):
+                        with r._state: held = list(r._loaded.values())
+                        if sum(m.bytes for m in held) > r.max_bytes or not any(m.model is model for m in held): bad.append((k, i))
+                        time.sleep(.001)
+            except InsufficientMemoryError: pass
+    with ThreadPoolExecutor(4) as pool: list(pool.map(work, range(4)))
+    assert not bad and all(m.leases == 0 for m in r._loaded.values())
+
+
 def test_leases_are_given_back_after_errors(shop):
     r = make_registry(shop)
     with pytest.raises(KeyError):
@@ -302,13 +354,31 @@ def test_versions_and_stages(shop):
     assert pruned.returncode == 0 and r.verify("clip").ok and (shop / "models--shop--clip" / "snapshots" / OLD).is_dir()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"models": {"clip": [{"stage": "live"}]}}', '{"models": {"clip": [1]}}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"models": {"clip": [{"stage": "live"}]}}', '{"models": {"clip": [1]}}',
+                                  '{"models": {"clip": [{"repo_id": "shop/clip", "commit": 5, "patterns": [], "stage": "staging", "locked_at": ""}]}}',
+                                  '{"models": {"clip": [{"repo_id": "shop/clip", "commit": "../x", "patterns": [], "stage": "staging", "locked_at": ""}]}}'])
 def test_a_damaged_lockfile_says_what_to_do(text, shop):
     r = make_registry(shop, lockfile=shop / "my.json")
     (shop / "my.json").write_text(text)
     for use in (r.specs, lambda: r.get_model("clip"), lambda: r.prefetch("clip")):
         with pytest.raises(ValidationError, match="damaged .*prefetch the models again"): use()
     assert (shop / "my.json").read_text() == text
+
+
+def test_a_version_that_can_mean_two_is_not_guessed(shop):
+    make_repo(shop, "shop/clip", {"a1" + "c" * 38: {**FILES, "n.json": b"{}"}})
+    r = make_registry(shop)
+    r.prefetch("clip", OLD), r.prefetch("clip", "a1" + "c" * 38)
+    with pytest.raises(ValidationError, match="can mean aaaaaaaaaaaa or a1cccccccccc: give more digits"): r.get_model("clip", "a")
+    assert r.get_model("clip", "a1")
+
+
+def test_the_lock_of_another_repository_is_not_used(shop):
+    make_registry(shop).prefetch("clip", OLD)
+    r = ModelRegistry(shop, offline=True, device="cpu")
+    r.register(ModelSpec("clip", "shop/other", "clip"))
+    for use in (lambda: r.get_model("clip"), lambda: r.prefetch("clip", OLD), lambda: r.verify("clip")):
+        with pytest.raises(ValidationError, match="locks 'clip' for shop/clip, not for shop/other"): use()
 
 
 def test_a_locked_commit_that_is_gone_is_not_replaced_by_another(shop):
@@ -363,6 +433,7 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         repos, path = self.server.repos, urlsplit(self.path).path
         self.server.log.append((self.command, path))
+        if self.server.status: return self.send(b"{}", self.server.status, Content_Type="application/json")
         api = re.fullmatch(r"/api/models/(\w+/[\w-]+)/(revision|tree|discussions)/?(.*)", path)
         file = re.fullmatch(r"/(\w+/[\w-]+)/resolve/(\w+)/(.+)", path)
         if not (api or file) or (api or file)[1] not in repos:
@@ -382,6 +453,13 @@ class Hub(BaseHTTPRequestHandler):
 
     def send_file(self, files, commit, name):
         data = files[name]
+        if self.command == "GET" and name.endswith(".safetensors") and self.server.cuts:
+            self.server.cuts -= 1
+            self.protocol_version, self.close_connection = "HTTP/1.0", True
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            return self.wfile.write(data[:len(data) // 2])
         self.send(data, X_Repo_Commit=commit, ETag=f'"{blob_name(name, data)}"', Accept_Ranges="bytes")
 
     def log_message(self, *_): pass
@@ -390,7 +468,7 @@ class Hub(BaseHTTPRequestHandler):
 @pytest.fixture
 def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.log, server.offers = {}, [], []
+    server.repos, server.log, server.offers, server.cuts, server.status = {}, [], [], 0, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -465,3 +543,38 @@ def test_an_unreachable_hub_is_a_clear_error_soon(name, tmp_path):
 def test_the_network_is_not_touched_for_what_is_cached(hub, shop):
     code = "import sys, json; from devsky_nb.registry import locate_model; print(json.dumps(locate_model('shop/clip', sys.argv[1]).name))"
     assert call(shop, hub, "", "", code) == NEW and hub.log == []
+
+
+def test_a_download_that_breaks_off_goes_on_by_itself(hub, tmp_path):
+    hub.repos["shop/clip"], hub.cuts = ({"main": NEW}, {NEW: FILES}), 1
+    assert call(tmp_path, hub, "prefetch", "clip")["ok"] and hub.cuts == 0
+
+
+def test_a_download_that_keeps_breaking_is_a_typed_error_and_leaves_nothing_that_looks_whole(hub, tmp_path):
+    hub.repos["shop/clip"], hub.cuts = ({"main": NEW}, {NEW: FILES}), 1000
+    error = call(tmp_path, hub, "prefetch", "clip")
+    assert error["error_type"] == "ModelNotFoundError" and "could not be reached" in error["message"]
+    with pytest.raises(MLError): make_registry(tmp_path).get_model("clip")
+    hub.cuts = 0
+    assert call(tmp_path, hub, "prefetch", "clip")["ok"]
+
+
+def test_a_hub_that_never_answers_is_given_up(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        start = time.monotonic()
+        error = call(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", "prefetch", "clip")
+    assert error["error_type"] == "ModelNotFoundError" and "could not be reached (timed out)" in error["message"] and time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("status", [401, 403, 429, 503])
+def test_a_hub_that_refuses_is_not_called_unreachable(status, hub, tmp_path):
+    hub.repos["shop/clip"], hub.status = ({"main": NEW}, {NEW: FILES}), status
+    error = call(tmp_path, hub, "prefetch", "clip", HF_TOKEN="hf_secret")
+    assert "the Hub refuses: " in error["message"] and str(status) in error["message"] and "hf_secret" not in json.dumps(error)
+
+
+def test_a_disk_that_takes_no_more_is_not_called_a_network(hub, tmp_path):
+    hub.repos["shop/clip"] = {"main": NEW}, {NEW: FILES}
+    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))"
+    error = call(tmp_path, hub, "prefetch", "clip", full + CALL)
+    assert "cannot be kept" in error["message"] and "File too large" in error["message"] and "reached" not in error["message"]
