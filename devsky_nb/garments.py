@@ -10,6 +10,7 @@ import io
 import json
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,8 +32,9 @@ else:
 # %% auto #0
 __all__ = ['COLOURS', 'PATTERNS', 'KINDS', 'PAIRS', 'ATTRIBUTES', 'OUTLINES', 'SIDE_VIEWS', 'LAYERS', 'GROUNDS', 'PROMPTS',
            'NOUNS', 'WORDS', 'BROKEN', 'ODD', 'Garment', 'Pose', 'render_garment', 'render_cutout', 'contact_sheet',
-           'is_held_out', 'sample_garments', 'build_tokenizer', 'build_clip', 'render_pool', 'clip_loss', 'ClipTrainer',
-           'load_tiny_clip', 'zero_shot', 'held_out_accuracy', 'train_tiny_clip', 'write_catalogue']
+           'is_held_out', 'split_garments', 'sample_garments', 'caption_text', 'build_tokenizer', 'build_clip',
+           'render_pool', 'clip_loss', 'ClipTrainer', 'load_tiny_clip', 'zero_shot', 'held_out_accuracy',
+           'train_tiny_clip', 'write_catalogue']
 
 # %% ../nbs/04_garments.ipynb #a476f93f
 COLOURS = {"red": (204, 30, 40), "orange": (242, 126, 24), "yellow": (248, 214, 52), "green": (36, 144, 72),
@@ -287,7 +289,8 @@ def is_held_out(garment: Garment) -> bool:
 
 
 @lru_cache(maxsize=None)
-def _garments(split: str) -> tuple[Garment, ...]:
+def split_garments(split: str,  # "train", "held_out" or "all"
+                   ) -> tuple[Garment, ...]:
     "Every combination of a split, in a fixed order."
     every = tuple(Garment(k, c, p) for k in KINDS for c in COLOURS for p in PATTERNS)
     splits = {"all": every, "train": tuple(g for g in every if not is_held_out(g)), "held_out": tuple(filter(is_held_out, every))}
@@ -301,7 +304,7 @@ def sample_garments(n: int,  # how many
                     ) -> list[Garment]:  # no combination twice before every other came once
     "Draw garments from one split."
     if n < 0: raise ValidationError(f"n must be 0 or more, not {n}", details={"n": n})
-    rng, garments = np.random.default_rng(seed), _garments(split)
+    rng, garments = np.random.default_rng(seed), split_garments(split)
     rounds = [rng.permutation(len(garments)) for _ in range(-(-n // len(garments)))]
     return [garments[i] for i in np.concatenate(rounds)[:n]] if n else []
 
@@ -318,24 +321,27 @@ def _class_texts(attribute: str, rng: np.random.Generator) -> list[str]:
     return [prompt.format(noun.format(value)) for value in ATTRIBUTES[attribute]]
 
 
-def _caption_text(garment: Garment, rng: np.random.Generator) -> str:
+def caption_text(garment: Garment,
+                 rng: np.random.Generator,  # picks the wording
+                 ) -> str:
     "A garment's full description in a random wording."
     prompt = rng.choice(("{caption}", "a photo of {caption}", *PROMPTS))
     return prompt.format(garment.words, caption=garment.caption)
 
 # %% ../nbs/04_garments.ipynb #06f01e75
-def build_tokenizer() -> CLIPTokenizer:
+def build_tokenizer(max_length: int = 32,  # tokens in a prompt, start and end included
+                    ) -> CLIPTokenizer:
     "A CLIP tokenizer whose merges are learnt from the captions; whatever else is spelled out in bytes."
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import CLIPTokenizer
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer, bpe.pre_tokenizer = CLIPTokenizer().backend_tokenizer.normalizer, CLIPTokenizer().backend_tokenizer.pre_tokenizer
-    texts = sorted({p.format(g.caption) for g in _garments("all") for p in PROMPTS}) + [WORDS] * 100
+    texts = sorted({p.format(g.caption) for g in split_garments("all") for p in PROMPTS}) + [WORDS] * 100
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", initial_alphabet=letters, show_progress=False))
     merges = [tuple(m) for m in json.loads(bpe.to_str())["model"]["merges"]]
     tokens = letters + [x + "</w>" for x in letters] + ["".join(m) for m in merges] + ["<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={t: i for i, t in enumerate(dict.fromkeys(tokens))}, merges=merges, model_max_length=32)
+    return CLIPTokenizer(vocab={t: i for i, t in enumerate(dict.fromkeys(tokens))}, merges=merges, model_max_length=max_length)
 
 # %% ../nbs/04_garments.ipynb #fbaa70a9
 def _grid_positions(side: int, width: int) -> torch.Tensor:  # (side*side + 1, width); the first row is the class token's
@@ -447,7 +453,7 @@ def loss(self: ClipTrainer) -> torch.Tensor:
     "The loss on a fresh batch, in which no garment and so no caption comes twice."
     import torch.nn.functional as F
     chosen = self.rng.choice(len(self.garments), self.batch, replace=False)
-    texts = [_caption_text(self.garments[i], self.rng) for i in chosen]
+    texts = [caption_text(self.garments[i], self.rng) for i in chosen]
     classes = {name: _class_texts(name, self.rng) for name in ATTRIBUTES}
     tokens = self.tokenizer(texts + sum(classes.values(), []), padding=True, return_tensors="pt")
     images = F.normalize(self.model.get_image_features(pixel_values=self.pixels(chosen)).pooler_output, dim=-1)
@@ -537,7 +543,7 @@ def held_out_accuracy(folder: str | Path = "tiny-clip",  # the committed one, or
                       seed: int = 10_000,  # of the first scene; training used 0 to 23
                       ) -> dict[str, float]:  # for each attribute the share of right answers, and "images"
     "Zero-shot accuracy on the combinations that training never saw."
-    garments = [g for g in _garments("held_out") for _ in range(renders)]
+    garments = [g for g in split_garments("held_out") for _ in range(renders)]
     images = [render_garment(g, 256, seed + i % renders) for i, g in enumerate(garments)]
     score = {"images": len(images)}
     for name, values in ATTRIBUTES.items():
@@ -555,7 +561,7 @@ def _write_recipe(trainer: ClipTrainer, out: Path, settings: dict, losses: list[
               "garments": len(trainer.garments), "parameters": trainer.model.num_parameters(),
               "loss": {"first": round(losses[0], 3), "last": round(float(np.mean(losses[-20:])), 3)},
               "versions": {"python": platform.python_version()} | {p: version(p) for p in ("torch", "transformers", "tokenizers", "numpy", "pillow")},
-              "sha256": _save(trainer, out), "held_out": held_out_accuracy(out)}
+              "sha256": {"model.safetensors": _save(trainer, out)}, "held_out": held_out_accuracy(out)}
     (out / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n")
     return recipe
 
@@ -573,7 +579,7 @@ def train_tiny_clip(out: str | Path,  # folder to write; made if missing
     "Train a tiny CLIP from nothing and save it with its recipe."
     settings = {"steps": steps, "seed": seed, "renders": renders, "batch": batch, "rate": rate}
     if min(steps, renders, batch) < 1: raise ValidationError(f"steps, renders and batch must be 1 or more: {settings}", details=settings)
-    trainer = ClipTrainer(list(garments or _garments("train")), renders, seed, batch)
+    trainer = ClipTrainer(list(garments or split_garments("train")), renders, seed, batch)
     losses = trainer.fit(steps, rate, progress)
     return _write_recipe(trainer, Path(out), settings, losses)
 
@@ -604,7 +610,7 @@ def _encode(image: Image.Image, format: str = "JPEG", **options) -> bytes:
 def _catalogue_file(entry: dict) -> tuple[str, bytes]:  # suffix, content
     "The file for one entry of a plan."
     scene = entry["garment"], entry["size"], entry["seed"]
-    picture, size, condition = render_garment(*scene), entry["size"], entry["condition"]
+    picture, size, condition = entry.get("picture") or render_garment(*scene), entry["size"], entry["condition"]
     if condition == "truncated": return ".jpg", (data := _encode(picture))[:len(data) * 2 // 5]
     if condition == "text": return ".jpg", f"{entry['garment'].caption}: picture to follow\n".encode()
     if condition == "empty": return ".jpg", b""
@@ -614,7 +620,15 @@ def _catalogue_file(entry: dict) -> tuple[str, bytes]:  # suffix, content
     if condition == "rotated":
         (exif := Image.Exif())[0x0112] = 6  # "turn a quarter clockwise to show"
         return ".jpg", _encode(picture.transpose(Image.Transpose.ROTATE_90), exif=exif)
+    if condition == "generated": return ".png", _encode(picture, "PNG")
     return {"JPEG": ".jpg", "PNG": ".png", "WEBP": ".webp"}[entry["format"]], _encode(picture, entry["format"])
+
+
+def _generate(plan: list[dict], draw: Callable[[list[str]], list[Image.Image]]) -> None:
+    "Have every other sound picture drawn from its caption, except those that a duplicate is made of."
+    copied = [(e["garment"], e["seed"]) for e in plan if e["condition"] in ("duplicate", "near-duplicate")]
+    chosen = [e for e in plan if e["condition"] == "good" and (e["garment"], e["seed"]) not in copied][::2]
+    for entry, picture in zip(chosen, draw([e["garment"].caption for e in chosen]), strict=True): entry.update(condition="generated", picture=picture)
 
 # %% ../nbs/04_garments.ipynb #282afebe
 _MADE_BY = "devsky_nb.garments.write_catalogue"
@@ -636,6 +650,7 @@ def _clear_catalogue(folder: Path) -> None:
 def write_catalogue(folder: str | Path,  # made if missing; must be empty or an earlier catalogue
                     n: int = 24,  # files, at least 14 of which 9 are odd
                     seed: int = 0,
+                    draw: Callable[[list[str]], list[Image.Image]] | None = None,  # pictures for captions: half of the sound ones are then "generated"
                     ) -> dict:  # {"images": [{"id", "path", "label", "caption", "condition"}], "metadata"}; absolute paths
     "Write the demo's catalogue of product pictures, broken ones included, and its image_set.json."
     folder = Path(folder).absolute()
@@ -643,8 +658,9 @@ def write_catalogue(folder: str | Path,  # made if missing; must be empty or an 
     if folder.exists() and not folder.is_dir(): raise ValidationError(f"{folder} is a file: name a folder", details={"folder": str(folder)})
     folder.mkdir(parents=True, exist_ok=True)
     _clear_catalogue(folder)
-    images = []
-    for i, entry in enumerate(_catalogue_plan(n, seed), 1):
+    images, plan = [], _catalogue_plan(n, seed)
+    if draw: _generate(plan, draw)
+    for i, entry in enumerate(plan, 1):
         suffix, data = _catalogue_file(entry)
         images.append({"id": f"sku-{i:03}", "path": f"sku-{i:03}{suffix}", "label": entry["label"],
                        "caption": entry["garment"].caption, "condition": entry["condition"]})

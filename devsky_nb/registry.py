@@ -8,9 +8,9 @@ __all__ = ['KINDS', 'UNSAFE', 'CLIP_FILES', 'SDXL_PARTS', 'SDXL_FILES', 'ALIAS',
            'lock_path', 'read_lock', 'edit_lock', 'locked_versions', 'choose_version', 'is_model_folder',
            'weight_folders', 'read_json', 'snapshot_problem', 'check_snapshot', 'ways_out', 'not_here',
            'cached_snapshot', 'download', 'converted_revision', 'fetch', 'locate_spec', 'bundled_folder', 'repair',
-           'wanted_revision', 'locate_model', 'quiet', 'load_errors', 'load_part', 'weights_variant', 'load_pipeline',
-           'load_folder', 'load_model', 'networks', 'model_bytes', 'expected_bytes', 'release_memory', 'Loaded',
-           'ModelRegistry', 'SpecList', 'verify_bundled', 'Prefetched']
+           'wanted_revision', 'locate_model', 'quiet', 'load_errors', 'reason', 'load_part', 'weights_variant',
+           'part_class', 'load_pipeline', 'load_folder', 'load_model', 'networks', 'model_bytes', 'expected_bytes',
+           'release_memory', 'Loaded', 'ModelRegistry', 'SpecList', 'verify_bundled', 'Prefetched']
 
 # %% ../nbs/03_registry.ipynb #f45416ef
 import ctypes, gc, hashlib, json, logging, os, re, sys, threading
@@ -73,6 +73,7 @@ REPO_ID = r"(?!.*(?:--|\.\.|\.git$))(?:\b[\w.-]+\b/)?\b[\w.-]{1,96}\b"
 # %% ../nbs/03_registry.ipynb #4911dfbc
 KNOWN = {s.alias: s for s in (
     ModelSpec("tiny-clip", "devsky_nb/tiny-clip", "clip", license="Apache-2.0", bundled=True),
+    ModelSpec("tiny-sdxl", "devsky_nb/tiny-sdxl", "sdxl", allow_patterns=SDXL_FILES, license="Apache-2.0", bundled=True),
     ModelSpec("clip-vit-base", "openai/clip-vit-base-patch32", "clip"),
     ModelSpec("clip-vit-base-16", "openai/clip-vit-base-patch16", "clip"),
     ModelSpec("clip-vit-large", "openai/clip-vit-large-patch14", "clip"),
@@ -353,7 +354,15 @@ def load_errors(cls: type, folder: Path) -> Iterator[None]:
     try: yield
     except (MLError, MemoryError): raise
     except Exception as e:
-        raise ModelLoadError(f"{folder} cannot be loaded as {cls.__name__}: {e}. Save or fetch the model again", details={"folder": str(folder)}, original_error=e)
+        raise ModelLoadError(f"{folder} cannot be loaded as {cls.__name__}: {reason(e)}. Save or fetch the model again", details={"folder": str(folder)}, original_error=e)
+
+def reason(error: Exception) -> str:
+    "What a library says went wrong; transformers leaves the words that matter to its log."
+    frame = error.__traceback__
+    while frame.tb_next: frame = frame.tb_next
+    hidden = getattr(frame.tb_frame.f_locals.get("loading_info"), "conversion_errors", None)
+    told = re.findall(r"^\w+Error: .*", str(next(iter(hidden.values()))), re.M) if hidden else []
+    return told[-1] if told else str(error)
 
 def load_part(cls: type,  # a model class of transformers or diffusers
               folder: Path,
@@ -369,27 +378,38 @@ def load_part(cls: type,  # a model class of transformers or diffusers
                          f"such as {(missing + mismatched)[0]}. Save or fetch the model again",
                          details={"folder": str(folder), "missing_keys": missing, "mismatched_keys": mismatched})
 
-# %% ../nbs/03_registry.ipynb #77ba49a4
-def weights_variant(folder: Path) -> dict[str, str]:  # such as {"variant": "fp16"}; empty: plain names
-    "The variant that all of a pipeline's weights have in their names."
-    names = [p.name.split(".") for part in weight_folders(folder) for p in part.glob("*.safetensors")]
+# %% ../nbs/03_registry.ipynb #35881a38
+def weights_variant(part: Path,  # folder of one network
+                    dtype: "torch.dtype",  # the model is to have
+                    ) -> dict[str, str]:  # such as {"variant": "fp16"}; empty: plain names
+    "The option that finds a network's weights."
+    names = [p.name.split(".") for p in part.glob("*.safetensors")]
     variants = {n[1] if len(n) > 2 else None for n in names}
-    return {"variant": variants.pop()} if len(variants) == 1 and None not in variants else {}
+    if "fp16" in variants and (dtype.itemsize == 2 or None not in variants): return {"variant": "fp16"}
+    return {} if None in variants or not variants else {"variant": min(variants)}
 
-def load_pipeline(folder: Path, dtype: "torch.dtype") -> "StableDiffusionXLPipeline":
+def part_class(part: Path) -> type:
+    "The class of one network of a pipeline, from the two libraries that may be used."
+    library, name = read_json(part.parent / "model_index.json")[part.name]
+    if library not in ("transformers", "diffusers"):
+        raise ModelLoadError(f"{part} wants code from {library!r}: only transformers and diffusers may be used", details={"folder": str(part.parent), "library": library})
+    try: return getattr(import_module(library), name)
+    except AttributeError as e: raise ModelLoadError(f"{part} wants {name!r}, which {library} does not have", details={"folder": str(part.parent)}, original_error=e)
+
+# %% ../nbs/03_registry.ipynb #ff508157
+def load_pipeline(folder: Path,
+                  dtype: "torch.dtype",
+                  **parts: "torch.nn.Module",  # networks that are loaded already
+                  ) -> "StableDiffusionXLPipeline":
     "Load a pipeline, each of its networks completely or not at all."
     from diffusers import StableDiffusionXLPipeline
-    index, options, parts = read_json(folder / "model_index.json"), weights_variant(folder), {}
+    index = read_json(folder / "model_index.json")
     if index.get("_class_name") != StableDiffusionXLPipeline.__name__:
         raise ModelLoadError(f"{folder} is a {index.get('_class_name')}: expected {StableDiffusionXLPipeline.__name__}", details={"folder": str(folder)})
     for part in weight_folders(folder):
-        library, name = index[part.name]
-        if library not in ("transformers", "diffusers"):
-            raise ModelLoadError(f"{part} wants code from {library!r}: only transformers and diffusers may be used", details={"folder": str(folder), "library": library})
-        with load_errors(StableDiffusionXLPipeline, part): cls = getattr(import_module(library), name)
-        parts[part.name] = load_part(cls, part, dtype, **options)
+        if part.name not in parts: parts[part.name] = load_part(part_class(part), part, dtype, **weights_variant(part, dtype))
     with load_errors(StableDiffusionXLPipeline, folder):
-        return StableDiffusionXLPipeline.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, local_files_only=True, **options, **parts)
+        return StableDiffusionXLPipeline.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, **parts)
 
 # %% ../nbs/03_registry.ipynb #a3455a62
 CLIP_CLASSES = {"clip": "CLIPModel", "clip_vision_model": "CLIPVisionModelWithProjection"}
@@ -640,11 +660,12 @@ def verify(self: ModelRegistry,
 
 def verify_bundled(folder: Path, spec: ModelSpec) -> VerifyReport:
     "Check a model of the package against its recipe."
-    weights, promised = folder / "model.safetensors", read_json(folder / "recipe.json").get("sha256")
-    with weights.open("rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
-    problems = [] if found == promised else [
-        CacheProblem("damaged: the weights do not match the checksum in recipe.json", "Install devsky_nb again", spec.repo_id, None, weights.name)]
-    return VerifyReport(files=1, bytes=weights.stat().st_size, problems=problems)
+    promised, problems, size = read_json(folder / "recipe.json")["sha256"], [], 0
+    for name, digest in promised.items():
+        with (folder / name).open("rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
+        size += (folder / name).stat().st_size
+        if found != digest: problems.append(CacheProblem("damaged: the weights do not match the checksum in recipe.json", "Install devsky_nb again", spec.repo_id, None, name))
+    return VerifyReport(files=len(promised), bytes=size, problems=problems)
 
 # %% ../nbs/03_registry.ipynb #3607a175
 @dataclass(frozen=True)
