@@ -17,7 +17,7 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 	devsky demo --out demo
 
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
-	python -m pytest -q
+	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile
 	nbdev_test --path nbs --n_workers 2 --timing
 
 lab: .venv/lab  ## JupyterLab on the notebooks
@@ -30,6 +30,7 @@ prepare: .venv/dev  ## after editing notebooks: export modules, clean notebooks,
 
 bench: .venv/dev  ## the side-by-side measurements in benchmarks/
 	python benchmarks/embedding.py
+	python benchmarks/quantize_once.py
 
 clean:  ## remove the environment and everything generated beside the sources
 	rm -rf .venv demo build _proc _docs *.egg-info

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'emit', 'add_model_options', 'make_embedder', 'embed', 'embed_options', 'read_image_set',
-           'validate', 'validate_options', 'demo', 'demo_options', 'models', 'models_options', 'cache', 'parse_size',
-           'cache_options', 'leaf', 'make_parser', 'fail', 'main']
+           'validate', 'validate_options', 'generate', 'generate_options', 'demo', 'demo_options', 'models',
+           'models_options', 'cache', 'parse_size', 'cache_options', 'leaf', 'make_parser', 'fail', 'main']
 
 # %% ../nbs/15_cli.ipynb #cb549a4f
 import argparse, json, sys, warnings
@@ -89,13 +89,50 @@ def validate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON")
     add_model_options(parser)
 
+# %% ../nbs/15_cli.ipynb #624ce848
+def generate(args: argparse.Namespace) -> int:
+    "Draw pictures with SDXL, quantized to 4 bits unless said otherwise."
+    from devsky_nb.generation import QuantizedSDXLGenerator
+    if args.out.suffix: raise ValidationError(f"--out={str(args.out)!r} names a file: name a folder", details={"out": str(args.out)})
+    generator = QuantizedSDXLGenerator(args.model, args.bits != "none", args.bits == "4", args.device, cache_dir=args.cache_dir, offline=args.offline)
+    seeds = None if args.seed is None else [args.seed + i for i in range(len(args.prompt))]
+    args.out.mkdir(parents=True, exist_ok=True)
+    files, stream = [], generator.generate_stream(
+        args.prompt, seeds=seeds, batch_size=args.batch_size, progress=not args.quiet, negative_prompt=args.negative_prompt, num_inference_steps=args.steps,
+        guidance_scale=args.guidance, width=args.width, height=args.height)
+    for number, image in enumerate(stream, 1):
+        files.append(args.out / f"{number:03}-{image.info['seed']}.png")
+        image.save(files[-1])
+        if not args.json: print(f"{files[-1]}  {image.info['prompt']}")
+    if args.json: emit({"files": [{"path": str(f), "prompt": p} for f, p in zip(files, args.prompt)], "load": generator.pipeline.load_report.to_dict()}, True)
+    return 0
+
+def generate_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("prompt", nargs="+", help="what to draw; several give several pictures")
+    parser.add_argument("--out", type=Path, default=Path("pictures"), metavar="DIR", help="folder for the pictures (default: %(default)s)")
+    parser.add_argument("--model", default="sdxl-base", metavar="NAME", help="alias, Hub id or folder; tiny-sdxl is always there (default: %(default)s)")
+    parser.add_argument("--bits", choices=("4", "8", "none"), default="4", help="quantization (default: %(default)s)")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
+    parser.add_argument("--steps", type=int, default=30, metavar="N", help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=float, default=7.5, metavar="X", help="faithfulness to the prompt (default: %(default)s)")
+    for name in ("width", "height"): parser.add_argument(f"--{name}", type=int, metavar="PX", help="multiple of 64 (default: the model's own)")
+    parser.add_argument("--seed", type=int, help="of the first picture; the next has the next (default: drawn)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="Hub cache (default: the usual one)")
+    parser.add_argument("--offline", action="store_true", default=None, help="never fetch a model")
+
 # %% ../nbs/15_cli.ipynb #041a0241
 def demo(args: argparse.Namespace) -> int:
-    "Draw a catalogue with broken files, check it, and write the report."
+    "Generate a catalogue with a 4-bit SDXL, break some files, check it, and write the report."
     from devsky_nb.clip import CLIPImageEmbedder
     from devsky_nb.garments import write_catalogue
+    from devsky_nb.generation import QuantizedSDXLGenerator
     from devsky_nb.validation import check_image_set
-    image_set = write_catalogue(args.out / "catalogue", n=args.images, seed=args.seed)
+    with QuantizedSDXLGenerator("tiny-sdxl", device="cpu", quantize_once=False) as generator:
+        def draw(captions): return generator.generate_batch(captions, seeds=[args.seed + i for i in range(len(captions))], batch_size=8, num_inference_steps=6,
+                                                            guidance_scale=3., progress=not args.quiet)
+        image_set = write_catalogue(args.out / "catalogue", n=args.images, seed=args.seed, draw=draw)
     report = check_image_set(image_set, CLIPImageEmbedder("tiny-clip"), progress=not args.quiet)
     report.to_json(args.out / "report.json")
     report.to_html(args.out / "report.html")
@@ -105,7 +142,7 @@ def demo(args: argparse.Namespace) -> int:
 
 def demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR", help="where to write (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=24, metavar="N", help="sound images in the catalogue (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=24, metavar="N", help="files in the catalogue (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
 
 # %% ../nbs/15_cli.ipynb #309497f4
@@ -176,12 +213,12 @@ def leaf(actions: "argparse._SubParsersAction", name: str, help: str) -> argpars
     p.add_argument("--quiet", action="store_true", help="no progress")
     return p
 
-COMMANDS = {"demo": (demo, demo_options), "embed": (embed, embed_options), "validate": (validate, validate_options)}
+COMMANDS = {"demo": (demo, demo_options), "embed": (embed, embed_options), "validate": (validate, validate_options), "generate": (generate, generate_options)}
 GROUPS = {"models": (models, models_options), "cache": (cache, cache_options)}
 
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `devsky`."
-    parser = argparse.ArgumentParser("devsky", description="Hugging Face models in production: embed, validate, and keep models in order.")
+    parser = argparse.ArgumentParser("devsky", description="Hugging Face models in production: embed, validate, generate, and keep models in order.")
     parser.add_argument("--version", action="version", version=devsky_nb.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (f, options) in COMMANDS.items(): options(leaf(commands, name, f.__doc__[0].lower() + f.__doc__[1:-1]))

@@ -48,7 +48,7 @@ def become_nobody():
 def as_nobody(act, hub):
     "What `act(hub)` returns for a user who owns nothing here: root itself is not stopped by permissions."
     if os.getuid() != 0: pytest.skip("only root can become another user")
-    for folder in (hub, *hub.parents[:3]): folder.chmod(0o755)  # up to pytest's own folder
+    for folder in (hub, *hub.parents[:4]): folder.chmod(0o755)  # up to pytest's own folder
     verify_cache(cache_dir=hub), cache_problems(hub), plan_eviction(max_bytes=0, cache_dir=hub)  # load what another user could not read
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork"), become_nobody) as pool: return pool.submit(act, hub).result()
 
