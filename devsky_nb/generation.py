@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['TURNS', 'log', 'SIZES', 'SEEDS', 'VAE_STATE', 'TEXTS', 'OTHERS', 'GenerationCancelled', 'Turns', 'precision_label',
            'fingerprint', 'model_identity', 'QuantizedSDXLGenerator', 'whole', 'checked_text', 'checked_guidance',
-           'check_length', 'Settings', 'own_size', 'undisturbed', 'finite', 'Watch', 'out_of_memory', 'tile_sides',
-           'use_tiles', 'GeneratedImage', 'png_chunks', 'write_whole', 'with_settings', 'read_metadata']
+           'check_length', 'Settings', 'own_size', 'undisturbed', 'finite', 'Watch', 'tile_sides', 'use_tiles',
+           'GeneratedImage', 'png_chunks', 'write_whole', 'with_settings', 'read_metadata']
 
 # %% ../nbs/11_generation.ipynb #a9332aa9
 import copy, hashlib, io, json, logging, math, os, secrets, threading
@@ -23,8 +23,7 @@ from fastcore.basics import patch
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from .cache import html_table, repo_name
-from .clip import is_out_of_memory
-from .device import check_device
+from .device import check_device, is_out_of_memory
 from .errors import FileNotFoundError, InsufficientMemoryError, MLError, ValidationError
 from .quantization import forget, load_sdxl, load_sdxl_pipeline_with_quantization_v1
 from .registry import locate_model, release_memory
@@ -336,17 +335,13 @@ def _preview(self: QuantizedSDXLGenerator, latents: "torch.Tensor") -> list[Imag
     "Pictures of what there is so far."
     try: return self._decode(latents)
     except Exception as e:
-        if not out_of_memory(e): raise
+        if not is_out_of_memory(e): raise
         error = e
     forget(error)
     log.warning("no memory for a preview")
     return []
 
 # %% ../nbs/11_generation.ipynb #882f8310
-def out_of_memory(error: BaseException) -> bool:
-    "Whether an allocation failed, on any device."
-    return is_out_of_memory(error) or (isinstance(error, RuntimeError) and "out of memory" in str(error).lower())
-
 def tile_sides(vae: "AutoencoderKL",
                width: int,  # pixels
                height: int,
@@ -402,7 +397,7 @@ def _stepping_down(self: QuantizedSDXLGenerator,
     while True:
         try: return work()
         except Exception as e:
-            if not out_of_memory(e): raise
+            if not is_out_of_memory(e): raise
             error = e
         forget(error)
         step = next(steps, None) if self.allow_step_down else None
@@ -489,7 +484,7 @@ def _failure(self: QuantizedSDXLGenerator, error: Exception, stage: str, batch: 
     details = asdict(batch[0]) | {"stage": stage, "pictures": len(batch), "model": self.identity["model"], "quantization": self.label, "device": self.device, "stepped_down": taken}
     details |= {name: text[:100] for name in ("prompt", "negative_prompt") if (text := details[name])}
     what = f"{details['model']} as {self.label} on {self.device}, {details['width']}×{details['height']}"
-    if not out_of_memory(error): return MLError(f"{what}: {stage} failed: {error}", details=details, original_error=error)
+    if not is_out_of_memory(error): return MLError(f"{what}: {stage} failed: {error}", details=details, original_error=error)
     tried = f"tried {', '.join(taken)}" if taken else "there is nothing to step down to" if self.allow_step_down else "allow_step_down is False"
     if self.allow_step_down and self.device == "cpu": tried += "; on a CPU there is no other memory to offload to"
     return InsufficientMemoryError(f"{what}: out of memory while {stage} ({tried}). A smaller size, a smaller batch or fewer bits would help", details=details, original_error=error)

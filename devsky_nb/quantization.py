@@ -9,10 +9,10 @@ __all__ = ['PARTS', 'SETTINGS', 'BACKENDS', 'VAE_MODES', 'VAE_FIX', 'BITS', 'MAN
            'crashing_layers', 'empty_network', 'load_on_cpu', 'weight_files', 'load_network', 'quantized_layers',
            'Guarded', 'refuse_cast', 'repacked', 'guard', 'vae_mode', 'load_vae', 'accept_half', 'PartReport',
            'LoadReport', 'weight_bytes', 'check_memory', 'Request', 'make_request', 'one_cpu', 'build', 'stored_dtype',
-           'by_library', 'finish', 'protect', 'build_or_fall_back', 'is_out_of_memory', 'forget', 'quantized_cache',
-           'checkpoint_folder', 'list_files', 'write_checkpoint', 'partial_folder', 'sync', 'clear_partial',
-           'read_manifest', 'read_checkpoint', 'check_runs_here', 'save_quantized', 'copy_checkpoint', 'load_quantized',
-           'load_sdxl', 'from_cache', 'to_cache', 'load_sdxl_pipeline_with_quantization_v1',
+           'by_library', 'finish', 'protect', 'build_or_fall_back', 'forget', 'quantized_cache', 'checkpoint_folder',
+           'list_files', 'write_checkpoint', 'partial_folder', 'sync', 'clear_partial', 'read_manifest',
+           'read_checkpoint', 'check_runs_here', 'save_quantized', 'copy_checkpoint', 'load_quantized', 'load_sdxl',
+           'from_cache', 'to_cache', 'load_sdxl_pipeline_with_quantization_v1',
            'load_sdxl_pipeline_with_quantization_v2']
 
 # %% ../nbs/09_quantization.ipynb #9115a18e
@@ -27,7 +27,7 @@ from pathlib import Path
 from fastcore.meta import delegates
 
 from .cache import html_table, hub_cache
-from .device import check_device, default_dtype, format_bytes, memory_info
+from .device import check_device, default_dtype, format_bytes, is_out_of_memory, memory_info
 from .errors import InsufficientMemoryError, MLError, ModelLoadError, ValidationError
 from .registry import load_errors, load_part, load_pipeline, locate_model, model_bytes, part_class, quiet, read_json, release_memory, weight_folders, weights_variant
 
@@ -217,6 +217,7 @@ def load_network(part: Path,
     config = (diffusers if of_diffusers else transformers).BitsAndBytesConfig(**settings)
     return load_part(cls, part, dtype, quantization_config=config, **options), alone
 
+# %% ../nbs/09_quantization.ipynb #33decc42
 def quantized_layers(network: "torch.nn.Module") -> int:
     "How many layers hold their weights in 8 or 4 bits."
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -247,6 +248,7 @@ class Guarded:
         "Move to a GPU."
         return self.to("cuda" if device is None else f"cuda:{device}" if isinstance(device, int) else device)
 
+# %% ../nbs/09_quantization.ipynb #6af29331
 def refuse_cast(model: object, dtype: object) -> None:
     "Say why a quantized model keeps its number format."
     raise ValidationError(f"a quantized {type(model).__name__} cannot become {dtype}: its weights are not numbers of that kind. Give dtype= when you load it", details={"dtype": str(dtype)})
@@ -295,7 +297,7 @@ def accept_half(vae: "AutoencoderKL") -> "AutoencoderKL":  # the same
         first.register_forward_pre_hook(lambda layer, args: (args[0].to(layer.weight.dtype), *args[1:]))
     return vae
 
-# %% ../nbs/09_quantization.ipynb #e4447a05
+# %% ../nbs/09_quantization.ipynb #47461fb8
 @dataclass
 class PartReport:
     "What became of one network."
@@ -307,6 +309,7 @@ class PartReport:
     bytes_before: int  # of the weights, in the pipeline's number format
     bytes_after: int
 
+# %% ../nbs/09_quantization.ipynb #e4447a05
 @dataclass
 class LoadReport:
     "What was asked, what was done, and what it saved."
@@ -413,6 +416,7 @@ class Request:
         "What the whole is called."
         return "+".join(sorted(set(self.labels.values()))) or str(self.dtype).removeprefix("torch.")
 
+# %% ../nbs/09_quantization.ipynb #554e97fb
 def make_request(model_id: str | Path, device: str | None, dtype: "torch.dtype | None", settings: dict[str, dict], vae: str,
                  cache_dir: str | Path | None, offline: bool | None) -> Request:
     "Check what was asked, before anything is read."
@@ -462,6 +466,7 @@ def stored_dtype(request: Request, name: str) -> "torch.dtype":
     mode = vae_mode(request.vae, request.dtype, read_json(request.vae_folder / "config.json").get("force_upcast", True))
     return torch.float32 if mode == "fp32" else request.dtype
 
+# %% ../nbs/09_quantization.ipynb #00992727
 def by_library(request: Request, config: "PipelineQuantizationConfig", networks: dict) -> "StableDiffusionXLPipeline":
     "Pattern 1 as diffusers has it, for the networks that are not loaded yet."
     from diffusers import StableDiffusionXLPipeline
@@ -512,12 +517,7 @@ def build_or_fall_back(request: Request,
     report.parts, report.bytes_read, report.label, report.fallback = [], 0, plain.label, f"{reason}; loaded as {plain.label}"
     return build_or_fall_back(plain, report, False, budget)
 
-def is_out_of_memory(error: BaseException | None) -> bool:
-    "Whether an allocation failed, on any device, however the library tells it."
-    if error is None: return False
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in ("can't allocate memory", "out of memory", "MemoryError"))
-    return known or is_out_of_memory(error.__cause__)
-
+# %% ../nbs/09_quantization.ipynb #3c75b94e
 def forget(error: BaseException) -> None:
     "Give back what an error's traceback holds."
     while error is not None:
@@ -563,6 +563,7 @@ def write_checkpoint(pipeline: "StableDiffusionXLPipeline",
         except SafetensorError as e: raise OSError(str(e)) from e
         (partial / MANIFEST).write_text(json.dumps({**about, "files": list_files(partial)}, indent=1, default=str) + "\n")
 
+# %% ../nbs/09_quantization.ipynb #e470e208
 @contextmanager
 def partial_folder(folder: Path) -> Iterator[Path]:  # to be filled
     "A folder that gets its name when it is full, and vanishes if it was not filled or the name is taken."
@@ -622,6 +623,7 @@ def read_checkpoint(folder: Path,
     report.parts, report.vae, report.checkpoint, report.from_checkpoint = about["parts"], about["vae"], str(folder), True
     return protect(load_pipeline(folder, dtype, **networks).to(device), report)
 
+# %% ../nbs/09_quantization.ipynb #3c8e2368
 def check_runs_here(network: "torch.nn.Module", part: Path) -> None:
     "Refuse 4-bit layers from another machine that this processor would crash on."
     from bitsandbytes.nn import Linear4bit
@@ -695,6 +697,7 @@ def load_sdxl(model_id: str | Path = "stabilityai/stable-diffusion-xl-base-1.0",
     report.seconds = time.perf_counter() - started
     return pipeline
 
+# %% ../nbs/09_quantization.ipynb #689dfae4
 OPTIONS = ("dtype", "vae", "fallback", "quantize_once", "budget", "cache_dir", "offline")
 
 def from_cache(request: Request, report: LoadReport) -> "StableDiffusionXLPipeline | None":
