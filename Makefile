@@ -18,7 +18,7 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile
-	nbdev_test --path nbs --n_workers 2 --timing
+	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
 
 lab: .venv/lab  ## JupyterLab on the notebooks
 	jupyter lab nbs
