@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'emit', 'add_model_options', 'make_embedder', 'embed', 'embed_options', 'read_image_set',
-           'validate', 'validate_options', 'generate', 'generate_options', 'demo', 'demo_options', 'models',
-           'models_options', 'cache', 'parse_size', 'cache_options', 'leaf', 'make_parser', 'fail', 'main']
+           'validate', 'validate_options', 'generate', 'generate_options', 'plan', 'plan_options', 'demo',
+           'demo_options', 'models', 'models_options', 'cache', 'cache_options', 'leaf', 'make_parser', 'fail', 'main']
 
 # %% ../nbs/15_cli.ipynb #cb549a4f
 import argparse, json, sys, warnings
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import devsky_nb
+from .device import parse_bytes
 from .errors import DevSkyyError, FileNotFoundError, ValidationError
 
 # %% ../nbs/15_cli.ipynb #82916090
@@ -122,6 +123,26 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", metavar="DIR", help="Hub cache (default: the usual one)")
     parser.add_argument("--offline", action="store_true", default=None, help="never fetch a model")
 
+# %% ../nbs/15_cli.ipynb #391ff48e
+def plan(args: argparse.Namespace) -> int:
+    "Find the configurations of a model that fit a memory budget."
+    from devsky_nb.vram import plan_vram
+    result = plan_vram(args.model, args.budget, dtype=args.dtype, width=args.width, height=args.height, batch=args.batch, guidance=not args.no_guidance, without=args.without or [],
+                       device=args.device, top=args.top)
+    emit(result, args.json)
+    return 0 if result.best else 1
+
+def plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="NAME", help="alias such as sdxl-base, Hub id, or folder; weights are not needed")
+    parser.add_argument("--budget", required=True, metavar="SIZE", help="memory that PyTorch may take, such as 8GB or 7.5GiB")
+    for name in ("width", "height"): parser.add_argument(f"--{name}", type=int, metavar="PX", help="of a picture (default: the model's own)")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="pictures at a time (default: %(default)s)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="number format (default: what suits the model)")
+    parser.add_argument("--device", choices=("cuda", "mps", "cpu"), default="cuda", help="where it is to run (default: %(default)s)")
+    parser.add_argument("--no-guidance", action="store_true", help="run the denoiser once a step, not twice")
+    parser.add_argument("--without", action="append", metavar="PART", help="a component to leave out, such as safety_checker")
+    parser.add_argument("--top", type=int, default=8, metavar="N", help="configurations to list (default: %(default)s)")
+
 # %% ../nbs/15_cli.ipynb #041a0241
 def demo(args: argparse.Namespace) -> int:
     "Generate a catalogue with a 4-bit SDXL, break some files, check it, and write the report."
@@ -173,21 +194,11 @@ def cache(args: argparse.Namespace) -> int:
     elif args.action == "pin": result = {"pinned": str(c.pin(args.repo, args.revision, args.alias, args.cache_dir))}
     elif args.action == "unpin": result = {"unpinned": bool(c.unpin(args.repo, args.alias, args.cache_dir))}
     else:
-        plan = c.plan_eviction(max_bytes=args.max_size, unused_days=args.unused_days, cache_dir=args.cache_dir)
+        limit = None if args.max_size is None else parse_bytes(args.max_size)
+        plan = c.plan_eviction(max_bytes=limit, unused_days=args.unused_days, cache_dir=args.cache_dir)
         result = plan.execute() if args.execute else plan
     emit(result, args.json)
     return 0 if getattr(result, "ok", True) else 1
-
-# %% ../nbs/15_cli.ipynb #fc134afb
-def parse_size(text: str,  # "20GB", "1.5 GiB", "800M" or bytes
-               ) -> int:  # bytes
-    "A size as bytes; units with an i are binary, the others decimal."
-    import re
-    units = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if not match: raise argparse.ArgumentTypeError(f"no size in {text!r}: write it as 20GB, 1.5GiB or a number of bytes")
-    number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** units[unit.upper()])
 
 # %% ../nbs/15_cli.ipynb #03267d7b
 def cache_options(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +206,7 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
     leaf(actions, "report", "what is stored, pinned, used, broken")
     leaf(actions, "verify", "check every blob offline").add_argument("repo", nargs="?", help="one repository only")
     evict = leaf(actions, "evict", "plan what to delete, and delete it with --execute")
-    evict.add_argument("--max-size", type=parse_size, metavar="SIZE", help="shrink the cache to this, such as 20GB")
+    evict.add_argument("--max-size", metavar="SIZE", help="shrink the cache to this, such as 20GB")
     evict.add_argument("--unused-days", type=float, metavar="N", help="delete what was not used for N days")
     evict.add_argument("--execute", action="store_true", help="carry the plan out")
     for action, text in (("pin", "keep a revision, whatever is pruned or evicted"), ("unpin", "give a pin up")):
@@ -213,7 +224,8 @@ def leaf(actions: "argparse._SubParsersAction", name: str, help: str) -> argpars
     p.add_argument("--quiet", action="store_true", help="no progress")
     return p
 
-COMMANDS = {"demo": (demo, demo_options), "embed": (embed, embed_options), "validate": (validate, validate_options), "generate": (generate, generate_options)}
+COMMANDS = {"demo": (demo, demo_options), "embed": (embed, embed_options), "validate": (validate, validate_options), "generate": (generate, generate_options),
+            "plan": (plan, plan_options)}
 GROUPS = {"models": (models, models_options), "cache": (cache, cache_options)}
 
 def make_parser() -> argparse.ArgumentParser:

@@ -8,11 +8,11 @@ __all__ = ['PARTS', 'SETTINGS', 'BACKENDS', 'VAE_MODES', 'VAE_FIX', 'BITS', 'MAN
            'check_pipeline_call', 'pipeline_settings', 'stored_bytes', 'without_casts', 'hush_casts', 'repacks',
            'crashing_layers', 'empty_network', 'load_on_cpu', 'weight_files', 'load_network', 'quantized_layers',
            'Guarded', 'refuse_cast', 'repacked', 'guard', 'vae_mode', 'load_vae', 'accept_half', 'PartReport',
-           'LoadReport', 'weight_bytes', 'check_memory', 'Request', 'make_request', 'one_cpu', 'build', 'stored_dtype',
-           'by_library', 'finish', 'protect', 'build_or_fall_back', 'forget', 'quantized_cache', 'checkpoint_folder',
-           'list_files', 'write_checkpoint', 'partial_folder', 'sync', 'clear_partial', 'read_manifest',
-           'read_checkpoint', 'check_runs_here', 'save_quantized', 'copy_checkpoint', 'load_quantized', 'load_sdxl',
-           'from_cache', 'to_cache', 'load_sdxl_pipeline_with_quantization_v1',
+           'LoadReport', 'weight_bytes', 'check_memory', 'peak_warning', 'Request', 'make_request', 'one_cpu', 'build',
+           'stored_dtype', 'by_library', 'finish', 'protect', 'build_or_fall_back', 'forget', 'quantized_cache',
+           'checkpoint_folder', 'list_files', 'write_checkpoint', 'partial_folder', 'sync', 'clear_partial',
+           'read_manifest', 'read_checkpoint', 'check_runs_here', 'save_quantized', 'copy_checkpoint', 'load_quantized',
+           'load_sdxl', 'from_cache', 'to_cache', 'load_sdxl_pipeline_with_quantization_v1',
            'load_sdxl_pipeline_with_quantization_v2']
 
 # %% ../nbs/09_quantization.ipynb #9115a18e
@@ -388,6 +388,20 @@ def check_memory(folder: Path, dtype: "torch.dtype", labels: dict[str, str], dev
     way = "These would fit: " + ", ".join(f"{k} ({format_bytes(v)})" for k, v in fits.items()) if fits else f"Nothing would fit: the smallest, nf4-dq, needs {format_bytes(sizes['nf4-dq'])}"
     raise InsufficientMemoryError(f"the weights need {format_bytes(needed)}, and {device} has {format_bytes(free)}. {way}", details={"needed": needed, "free": free, "fits": fits, "sizes": sizes})
 
+# %% ../nbs/09_quantization.ipynb #867cc2c9
+def peak_warning(folder: Path, dtype: "torch.dtype", labels: dict[str, str], device: str, budget: int | None) -> str | None:
+    "What to expect of a picture of the usual size, if it will not fit."
+    from devsky_nb.vram import estimate_vram
+    free = memory_info(device).free if budget is None else budget
+    short = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[str(dtype).removeprefix("torch.")]
+    quant = next(iter(labels.values()), None)
+    try: expected = estimate_vram(folder, short, quant, [n for n, label in labels.items() if label == quant], device=device.partition(":")[0])
+    except ValidationError: return None  # networks or formats that cannot be traced
+    if expected.peak_allocated <= free: return None
+    width, height = expected.pipeline.size
+    return (f"a picture of {width}×{height} is expected to take {format_bytes(expected.peak_allocated)} in {expected.peak_phase}, and {device} has {format_bytes(free)}: draw smaller, or use what "
+            f"plan_vram({str(folder.name)!r}, {free}) says")
+
 # %% ../nbs/09_quantization.ipynb #4348b92e
 @dataclass(frozen=True)
 class Request:
@@ -689,6 +703,7 @@ def load_sdxl(model_id: str | Path = "stabilityai/stable-diffusion-xl-base-1.0",
     started = time.perf_counter()
     report = LoadReport(request.model, request.revision, request.label, request.device, str(request.dtype).removeprefix("torch."), vae, asked or {})
     with quiet("transformers", "diffusers"):
+        if warning := peak_warning(request.folder, request.dtype, request.labels, request.device, budget): report.warnings.append(warning)
         pipeline = from_cache(request, report) if quantize_once and request.settings else None
         if pipeline is None:
             check_memory(request.folder, request.dtype, request.labels, request.device, budget)

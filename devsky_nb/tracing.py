@@ -309,7 +309,7 @@ def quantizable(net: "torch.nn.Module") -> set[str]:
     return {name for name in linear if should_convert_module(name, spared)}
 
 # %% ../nbs/09b_tracing.ipynb #66857101
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class TracedPart:
     "One network, and what a run of it holds."
     kind: str  # its class

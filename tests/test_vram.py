@@ -1,0 +1,156 @@
+"The planner against bytes that were really allocated, against published figures, and against what users get wrong."
+import json, subprocess, sys, time
+
+import pytest
+
+from devsky_nb.errors import ValidationError
+from devsky_nb.tracing import REPOS, CachingAllocator, config_folder, meta_network, networks_of
+from devsky_nb.vram import QUANTS, estimate_vram, plan_vram
+
+GIB, MIB = 2**30, 2**20
+COUNTS = {("sdxl-base", "unet"): 2567463684, ("sdxl-refiner", "unet"): 2259526660, ("sd15", "unet"): 859520964, ("sd21", "unet"): 865910724, ("sd3-medium", "transformer"): 2028328000,
+          ("sd35-medium", "transformer"): 2243171520, ("sd35-large", "transformer"): 8056627520, ("flux1-dev", "transformer"): 11901408320, ("flux1-dev", "text_encoder_2"): 4762310656,
+          ("sdxl-base", "text_encoder"): 123060480, ("sdxl-base", "text_encoder_2"): 694659840, ("sdxl-base", "vae"): 83653863, ("flux1-dev", "vae"): 83819683,
+          ("clip-vit-base", ""): 151277313, ("clip-vit-large", ""): 427616513, ("clip-bigg", ""): 2539567105, ("siglip-base", ""): 203155970}
+
+MEASURE = """
+import json, sys, torch
+from torch.profiler import ProfilerActivity, profile
+from devsky_nb.tracing import config_folder, meta_network, networks_of
+
+def peak(run):  # bytes that torch's allocator for CPUs handed out, at the highest moment
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: run()
+    now = top = 0
+    for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        now += e.nbytes()
+        top = max(top, now)
+    return top
+
+if sys.argv[1] == "tiny-sdxl":
+    from devsky_nb.registry import load_model
+    pipeline = load_model("tiny-sdxl", device="cpu", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    weights = sum(t.nbytes for c in pipeline.components.values() if isinstance(c, torch.nn.Module) for t in (*c.parameters(), *c.buffers()))
+    run = lambda: pipeline("a red dress", num_inference_steps=2, num_images_per_prompt=16, guidance_scale=5., output_type="np")
+else:
+    from transformers import AutoConfig, AutoModel
+    net = AutoModel.from_config(AutoConfig.from_pretrained(config_folder("clip-vit-base"))).eval()
+    weights = sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
+    pixels = torch.zeros(32, 3, 224, 224)
+    run = lambda: net.get_image_features(pixel_values=pixels)
+import psutil
+with torch.no_grad():
+    run()
+    print(json.dumps({"weights": weights, "activations": peak(run)}))
+"""
+
+
+@pytest.mark.parametrize("model, options", [("tiny-sdxl", {"batch": 16}), ("clip-vit-base", {"batch": 32})])
+def test_on_a_cpu_the_prediction_is_what_a_fresh_process_allocates(model, options):
+    done = subprocess.run([sys.executable, "-c", MEASURE, model], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    measured, expected = json.loads(done.stdout.splitlines()[-1]), estimate_vram(model, dtype="fp32", device="cpu", **options)
+    assert measured["weights"] == expected.loaded
+    assert abs(expected.peak_allocated / (measured["weights"] + measured["activations"]) - 1) < .15
+
+
+@pytest.mark.parametrize("model, part", COUNTS)
+def test_configurations_have_the_published_number_of_parameters(model, part):
+    assert sum(p.numel() for p in meta_network(networks_of(config_folder(model))[part]).parameters()) == COUNTS[model, part]
+
+
+@pytest.mark.parametrize("model", [m for m in REPOS if m not in ("sd35-large", "clip-bigg")])
+def test_every_model_is_estimated(model):
+    e = estimate_vram(model)
+    assert 0 < e.loaded <= e.peak_allocated <= e.peak_reserved
+    assert sum(e.by_component.values()) == e.loaded and e.peak_allocated == max(e.by_phase.values())
+    assert json.loads(json.dumps(e.to_dict()))["peak_allocated"] == e.peak_allocated
+
+
+@pytest.mark.parametrize("options, gib", [({}, 10.47), ({"batch": 4}, 21.72), ({"dtype": "fp32", "batch": 4}, 28.09), ({"dtype": "bf16", "vae": "fp16-fix"}, 8.33)])
+def test_published_figures_of_sdxl(options, gib):
+    assert abs(estimate_vram("sdxl-base", **options).peak_allocated / GIB / gib - 1) < .02
+
+
+def test_what_saves_memory_saves_memory():
+    peak = lambda **options: estimate_vram("sdxl-base", **options).peak_allocated
+    assert peak() > peak(quant="int8") > peak(quant="nf4") > peak(quant="nf4-dq")
+    assert peak() > peak(offload="model") > peak(offload="sequential")
+    assert peak(batch=4) > peak(batch=4, vae_slicing=True) > peak()
+    assert peak(width=1024) == peak(width=1024, vae_tiling=True) and peak(width=2048, height=2048) > peak(width=2048, height=2048, vae_tiling=True)
+    assert peak(quant="nf4", quant_components=["text_encoder"]) > peak(quant="nf4", quant_components=["unet"])
+
+
+def test_a_trace_serves_every_other_configuration(monkeypatch):
+    estimate_vram("sdxl-base")
+    from devsky_nb import tracing
+    monkeypatch.setattr(tracing, "meta_network", lambda part: pytest.fail(f"{part} was built again"))
+    for quant in QUANTS:
+        for dtype in ("fp16", "bf16", "fp32"):
+            for offload in (None, "model", "sequential", "group"): estimate_vram("sdxl-base", dtype, quant, offload=offload)
+
+
+@pytest.mark.parametrize("options, said", [
+    ({"model": "sdxl-bsae"}, "did you mean 'sdxl-base'"), ({"model": 7}, "expected an alias"), ({"model": "/nowhere"}, "a folder with a model_index.json"), ({"dtype": "float16"}, "fp32, fp16, bf16"),
+    ({"quant": "int4"}, "int8, nf4, nf4-dq, fp4"), ({"offload": "disk"}, "model, sequential, group"), ({"vae": "tiny"}, "fp16-fix"), ({"attention": "flash"}, "sdpa, math, sliced"),
+    ({"width": 1001}, "multiples of 8"), ({"height": -8}, "multiples of 8"), ({"width": 80000}, "to 8192"), ({"width": "1024"}, "multiples of 8"), ({"batch": 0}, "1 or more"), ({"batch": 1.5}, "1 or more"),
+    ({"quant": "nf4", "quant_components": ["unnet"]}, "did you mean 'unet'"), ({"without": ["nsfw"]}, "There are"), ({"device": "tpu"}, "cuda, mps, cpu"), ({"device": "cpu", "offload": "model"}, "on cpu use None")])
+def test_bad_input_is_named(options, said):
+    with pytest.raises(ValidationError) as e: estimate_vram(**{"model": "sdxl-base"} | options)
+    assert said in str(e.value)
+
+
+def test_folders_with_missing_or_broken_configurations(tmp_path):
+    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValidationError, match=r"lacks unet/config.json, vae/config.json"): estimate_vram(tmp_path)
+
+
+@pytest.mark.parametrize("budget", [8, "8 gigs", "", "-8GB", None, 8.5, True, "8GBit"])
+def test_a_budget_in_wrong_units(budget):
+    with pytest.raises(ValidationError, match="8GB|20GB"): plan_vram("tiny-sdxl", budget)
+
+
+def test_plans_are_ranked_fit_and_run():
+    for budget in ("6GB", "12GB"):
+        plan = plan_vram("sdxl-base", budget, top=99)
+        assert [o.rank for o in plan.options] == sorted(o.rank for o in plan.options)
+        for o in plan.options:
+            assert o.estimate.peak_allocated * 1.05 <= plan.budget and o.margin > 0
+            compile(o.code, "plan", "exec")
+    assert plan_vram("sdxl-base", "24GB").best.estimate.setup.offload is None
+    nothing = plan_vram("flux1-dev", "300MB")
+    assert nothing.best is None and "nothing fits" in repr(nothing) and nothing.smallest.peak_allocated > 3e8
+
+
+def test_the_code_of_a_plan_runs(tmp_path):
+    code = plan_vram("tiny-sdxl", "1GB", device="cpu").best.code.replace(".images", ".images; pipeline.set_progress_bar_config(disable=True)")
+    scope = {}
+    exec(code, scope)
+    assert scope["images"][0].size == (64, 64)
+
+
+def test_the_allocator_never_hands_out_a_byte_twice():
+    import random
+    rng, allocator, held = random.Random(0), CachingAllocator(), {}
+    for _ in range(3000):
+        if held and rng.random() < .5:
+            address = rng.choice(list(held))
+            allocator.give(address, held.pop(address))
+        else:
+            size = rng.choice([100, 4096, 700_000, 3 * MIB, 15 * MIB, 33 * MIB])
+            address = allocator.take(size)
+            assert all(address + size <= a or a + s <= address for a, s in held.items())
+            held[address] = size
+        assert allocator.reserved >= sum(held.values())
+    for address, size in held.items(): allocator.give(address, size)
+    allocator.release()
+    assert allocator.reserved == 0 and not allocator.blocks
+
+
+def test_the_command(tmp_path):
+    run = lambda *args: subprocess.run([sys.executable, "-c", "import sys; from devsky_nb.cli import main; sys.exit(main())", "plan", *args], capture_output=True, text=True)
+    done = run("tiny-sdxl", "--budget", "100MB", "--device", "cpu", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["fits"]
+    wrong = run("sdlx-base", "--budget", "8GB", "--json")
+    assert wrong.returncode == 2 and "sdxl-base" in wrong.stdout + wrong.stderr
