@@ -31,6 +31,7 @@ prepare: .venv/dev  ## after editing notebooks: export modules, clean notebooks,
 bench: .venv/dev  ## the side-by-side measurements in benchmarks/
 	python benchmarks/embedding.py
 	python benchmarks/quantize_once.py
+	python benchmarks/monitor.py
 
 clean:  ## remove the environment and everything generated beside the sources
 	rm -rf .venv demo build _proc _docs *.egg-info
