@@ -1,24 +1,23 @@
 "The planner against bytes that were really allocated, against published figures, and against what users get wrong."
-import json, subprocess, sys, time
+import json, subprocess, sys
 
 import pytest
 
+from devsky_nb.cli import main
 from devsky_nb.errors import ValidationError
-from devsky_nb.tracing import REPOS, CachingAllocator, config_folder, meta_network, networks_of
+from devsky_nb.tracing import REPOS
 from devsky_nb.vram import QUANTS, estimate_vram, plan_vram
 
-GIB, MIB = 2**30, 2**20
-COUNTS = {("sdxl-base", "unet"): 2567463684, ("sdxl-refiner", "unet"): 2259526660, ("sd15", "unet"): 859520964, ("sd21", "unet"): 865910724, ("sd3-medium", "transformer"): 2028328000,
-          ("sd35-medium", "transformer"): 2243171520, ("sd35-large", "transformer"): 8056627520, ("flux1-dev", "transformer"): 11901408320, ("flux1-dev", "text_encoder_2"): 4762310656,
-          ("sdxl-base", "text_encoder"): 123060480, ("sdxl-base", "text_encoder_2"): 694659840, ("sdxl-base", "vae"): 83653863, ("flux1-dev", "vae"): 83819683,
-          ("clip-vit-base", ""): 151277313, ("clip-vit-large", ""): 427616513, ("clip-bigg", ""): 2539567105, ("siglip-base", ""): 203155970}
-
+GIB = 2**30
 MEASURE = """
-import json, sys, torch
+import json, torch
 from torch.profiler import ProfilerActivity, profile
-from devsky_nb.tracing import config_folder, meta_network, networks_of
+from transformers import AutoConfig, AutoModel
+from devsky_nb.registry import load_model
+from devsky_nb.tracing import config_folder
 
 def peak(run):  # bytes that torch's allocator for CPUs handed out, at the highest moment
+    run()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: run()
     now = top = 0
     for e in sorted((e for e in p.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
@@ -26,40 +25,29 @@ def peak(run):  # bytes that torch's allocator for CPUs handed out, at the highe
         top = max(top, now)
     return top
 
-if sys.argv[1] == "tiny-sdxl":
-    from devsky_nb.registry import load_model
-    pipeline = load_model("tiny-sdxl", device="cpu", dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    weights = sum(t.nbytes for c in pipeline.components.values() if isinstance(c, torch.nn.Module) for t in (*c.parameters(), *c.buffers()))
-    run = lambda: pipeline("a red dress", num_inference_steps=2, num_images_per_prompt=16, guidance_scale=5., output_type="np")
-else:
-    from transformers import AutoConfig, AutoModel
-    net = AutoModel.from_config(AutoConfig.from_pretrained(config_folder("clip-vit-base"))).eval()
-    weights = sum(t.nbytes for t in (*net.parameters(), *net.buffers()))
-    pixels = torch.zeros(32, 3, 224, 224)
-    run = lambda: net.get_image_features(pixel_values=pixels)
-import psutil
+def weights(*nets): return sum(t.nbytes for net in nets for t in (*net.parameters(), *net.buffers()))
+
+pipeline = load_model("tiny-sdxl", device="cpu", dtype=torch.float32)
+pipeline.set_progress_bar_config(disable=True)
+draw = lambda: pipeline("a red dress", num_inference_steps=2, num_images_per_prompt=16, guidance_scale=5., output_type="np")
+net = AutoModel.from_config(AutoConfig.from_pretrained(config_folder("clip-vit-base"))).eval()
 with torch.no_grad():
-    run()
-    print(json.dumps({"weights": weights, "activations": peak(run)}))
+    print(json.dumps({"tiny-sdxl": [weights(*(c for c in pipeline.components.values() if isinstance(c, torch.nn.Module))), peak(draw)],
+                      "clip-vit-base": [weights(net), peak(lambda: net.get_image_features(pixel_values=torch.zeros(16, 3, 224, 224)))]}))
 """
 
 
-@pytest.mark.parametrize("model, options", [("tiny-sdxl", {"batch": 16}), ("clip-vit-base", {"batch": 32})])
-def test_on_a_cpu_the_prediction_is_what_a_fresh_process_allocates(model, options):
-    done = subprocess.run([sys.executable, "-c", MEASURE, model], capture_output=True, text=True)
+def test_on_a_cpu_the_prediction_is_what_a_fresh_process_allocates():
+    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    measured, expected = json.loads(done.stdout.splitlines()[-1]), estimate_vram(model, dtype="fp32", device="cpu", **options)
-    assert measured["weights"] == expected.loaded
-    assert abs(expected.peak_allocated / (measured["weights"] + measured["activations"]) - 1) < .15
+    for model, (weights, activations) in json.loads(done.stdout.splitlines()[-1]).items():
+        expected = estimate_vram(model, dtype="fp32", device="cpu", batch=16)
+        assert weights == expected.loaded
+        assert abs(expected.peak_allocated / (weights + activations) - 1) < .15
+        assert abs((expected.peak_allocated - expected.loaded) / activations - 1) < .15
 
 
-@pytest.mark.parametrize("model, part", COUNTS)
-def test_configurations_have_the_published_number_of_parameters(model, part):
-    assert sum(p.numel() for p in meta_network(networks_of(config_folder(model))[part]).parameters()) == COUNTS[model, part]
-
-
-@pytest.mark.parametrize("model", [m for m in REPOS if m not in ("sd35-large", "clip-bigg")])
+@pytest.mark.parametrize("model", [m for m in REPOS if m not in ("sd35-large", "sd35-medium", "clip-bigg")])
 def test_every_model_is_estimated(model):
     e = estimate_vram(model)
     assert 0 < e.loaded <= e.peak_allocated <= e.peak_reserved
@@ -100,12 +88,6 @@ def test_bad_input_is_named(options, said):
     assert said in str(e.value)
 
 
-def test_folders_with_missing_or_broken_configurations(tmp_path):
-    index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValidationError, match=r"lacks unet/config.json, vae/config.json"): estimate_vram(tmp_path)
-
-
 @pytest.mark.parametrize("budget", [8, "8 gigs", "", "-8GB", None, 8.5, True, "8GBit"])
 def test_a_budget_in_wrong_units(budget):
     with pytest.raises(ValidationError, match="8GB|20GB"): plan_vram("tiny-sdxl", budget)
@@ -117,8 +99,10 @@ def test_plans_are_ranked_fit_and_run():
         assert [o.rank for o in plan.options] == sorted(o.rank for o in plan.options)
         for o in plan.options:
             assert o.estimate.peak_allocated * 1.05 <= plan.budget and o.margin > 0
+            assert not any(other.beats(o) for other in plan.options if other is not o)
             compile(o.code, "plan", "exec")
     assert plan_vram("sdxl-base", "24GB").best.estimate.setup.offload is None
+    assert any(o.estimate.setup.offload is None for o in plan_vram("sdxl-base", "8GB").options)  # a slower way of better quality hides no fast one
     nothing = plan_vram("flux1-dev", "300MB")
     assert nothing.best is None and "nothing fits" in repr(nothing) and nothing.smallest.peak_allocated > 3e8
 
@@ -130,27 +114,8 @@ def test_the_code_of_a_plan_runs(tmp_path):
     assert scope["images"][0].size == (64, 64)
 
 
-def test_the_allocator_never_hands_out_a_byte_twice():
-    import random
-    rng, allocator, held = random.Random(0), CachingAllocator(), {}
-    for _ in range(3000):
-        if held and rng.random() < .5:
-            address = rng.choice(list(held))
-            allocator.give(address, held.pop(address))
-        else:
-            size = rng.choice([100, 4096, 700_000, 3 * MIB, 15 * MIB, 33 * MIB])
-            address = allocator.take(size)
-            assert all(address + size <= a or a + s <= address for a, s in held.items())
-            held[address] = size
-        assert allocator.reserved >= sum(held.values())
-    for address, size in held.items(): allocator.give(address, size)
-    allocator.release()
-    assert allocator.reserved == 0 and not allocator.blocks
-
-
-def test_the_command(tmp_path):
-    run = lambda *args: subprocess.run([sys.executable, "-c", "import sys; from devsky_nb.cli import main; sys.exit(main())", "plan", *args], capture_output=True, text=True)
-    done = run("tiny-sdxl", "--budget", "100MB", "--device", "cpu", "--json")
-    assert done.returncode == 0 and json.loads(done.stdout)["fits"]
-    wrong = run("sdlx-base", "--budget", "8GB", "--json")
-    assert wrong.returncode == 2 and "sdxl-base" in wrong.stdout + wrong.stderr
+def test_the_command(capsys):
+    assert main(["plan", "tiny-sdxl", "--budget", "100MB", "--device", "cpu", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["fits"]
+    assert main(["plan", "tiny-sdxl", "--budget", "70MB"]) == 1 and "nothing fits" in capsys.readouterr().out
+    assert main(["plan", "sdlx-base", "--budget", "8GB"]) == 2 and "did you mean 'sdxl-base'" in capsys.readouterr().err
