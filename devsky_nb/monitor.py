@@ -6,7 +6,7 @@
 __all__ = ['HIGHEST', 'STATUS', 'RESET', 'METERS', 'log', 'LOCK', 'RUNNING', 'MAX_SAMPLES', 'MAX_SPANS', 'COLOURS', 'OTHERS',
            'PLANNED', 'ProcessMeter', 'CudaMeter', 'MpsMeter', 'make_meter', 'MemoryTimeline', 'positive_seconds',
            'checked_baseline', 'VramMonitor', 'Span', 'Covered', 'listen', 'watchable', 'where_it_runs', 'checked_plan',
-           'joined', 'plot_timeline', 'draw_phases', 'name_phases']
+           'joined', 'draw_phases', 'name_phases', 'plot_timeline']
 
 # %% ../nbs/09c_monitor.ipynb #e71bcdf8
 import logging, math, os, re
@@ -435,29 +435,6 @@ def joined(spans: list[tuple[str, float, float]], gap: float,  # seconds
             last[phase] = [start, end]
     for phase, (start, end) in last.items(): yield phase, start, end
 
-# %% ../nbs/09c_monitor.ipynb #c14becbf
-def plot_timeline(timeline: MemoryTimeline,
-                  plan: dict[str, int] | None = None,  # phase: bytes, such as an estimate's `by_phase`
-                  ax: "matplotlib.axes.Axes | None" = None,  # None: a new figure
-                  ) -> "matplotlib.axes.Axes":
-    "Draw memory over time, its phases and their peaks, and what was planned."
-    import matplotlib.pyplot as plt
-    plan = checked_plan({} if plan is None else plan, timeline.peaks)
-    ax = ax or plt.subplots(figsize=(7.5, 2.8), layout="constrained")[1]
-    top = max([timeline.peak, *timeline.peaks.values(), *(plan[p] for p in plan if p in timeline.peaks), 1])
-    unit, size = ("GiB", 2**30) if top >= 2**30 else ("MiB", 2**20)
-    over = lambda values: (np.asarray(values, float) - timeline.baseline) / size
-    if (timeline.reserved != timeline.allocated).any(): ax.step(timeline.seconds, over(timeline.reserved), where="post", color="#999999", lw=1, ls=":", label="reserved")
-    ax.plot(timeline.seconds, over(timeline.allocated), color="#222222", lw=1.2, label="in use")
-    width = max([*timeline.seconds[-1:], *(end for *_, end in timeline.spans), 1e-9])
-    ax.set(xlim=(0, width), xlabel="seconds", ylabel=f"{unit} over the baseline")
-    shown = list(joined(sorted(timeline.spans, key=lambda span: span[1]), width / 200))
-    draw_phases(ax, timeline, shown, plan, unit, size)
-    ax.set_ylim(top=max(top / size * 1.08, ax.get_ylim()[1]))
-    ax.legend(loc="center left", bbox_to_anchor=(1, .5), fontsize=8, frameon=False)
-    name_phases(ax, shown)
-    return ax
-
 # %% ../nbs/09c_monitor.ipynb #a6ab783a
 def draw_phases(ax: "matplotlib.axes.Axes", timeline: MemoryTimeline, shown: list[tuple[str, float, float]], plan: dict[str, float], unit: str, size: int) -> None:
     "Shade the phases; mark their peaks and what was planned."
@@ -484,3 +461,26 @@ def name_phases(ax: "matplotlib.axes.Axes", shown: list[tuple[str, float, float]
         box, room = text.get_window_extent(), pixels((end, 0))[0] - pixels((start, 0))[0]
         if box.width + 4 > room or any(box.overlaps(other) for other in placed): text.remove()
         else: placed.append(box)
+
+# %% ../nbs/09c_monitor.ipynb #c14becbf
+def plot_timeline(timeline: MemoryTimeline,
+                  plan: dict[str, int] | None = None,  # phase: bytes, such as an estimate's `by_phase`
+                  ax: "matplotlib.axes.Axes | None" = None,  # None: a new figure
+                  ) -> "matplotlib.axes.Axes":
+    "Draw memory over time, its phases and their peaks, and what was planned."
+    import matplotlib.pyplot as plt
+    plan = checked_plan({} if plan is None else plan, timeline.peaks)
+    ax = ax or plt.subplots(figsize=(7.5, 2.8), layout="constrained")[1]
+    top = max([timeline.peak, *timeline.peaks.values(), *(plan[p] for p in plan if p in timeline.peaks), 1])
+    unit, size = ("GiB", 2**30) if top >= 2**30 else ("MiB", 2**20)
+    over = lambda values: (np.asarray(values, float) - timeline.baseline) / size
+    if (timeline.reserved != timeline.allocated).any(): ax.step(timeline.seconds, over(timeline.reserved), where="post", color="#999999", lw=1, ls=":", label="reserved")
+    ax.plot(timeline.seconds, over(timeline.allocated), color="#222222", lw=1.2, label="in use")
+    width = max([*timeline.seconds[-1:], *(end for *_, end in timeline.spans), 1e-9])
+    ax.set(xlim=(0, width), xlabel="seconds", ylabel=f"{unit} over the baseline")
+    shown = list(joined(sorted(timeline.spans, key=lambda span: span[1]), width / 200))
+    draw_phases(ax, timeline, shown, plan, unit, size)
+    ax.set_ylim(top=max(top / size * 1.08, ax.get_ylim()[1]))
+    ax.legend(loc="center left", bbox_to_anchor=(1, .5), fontsize=8, frameon=False)
+    name_phases(ax, shown)
+    return ax
