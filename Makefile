@@ -7,7 +7,7 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help run test lab prepare bench clean
+.PHONY: help run test traces lab prepare bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,6 +19,9 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
+
+traces: .venv/dev  ## after a change to tracing or to the pinned libraries: take the traces that the package carries anew
+	python tools/traces.py
 
 lab: .venv/lab  ## JupyterLab on the notebooks
 	jupyter lab nbs

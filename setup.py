@@ -31,7 +31,7 @@ setup(
     python_requires=cfg["python_requires"],
     packages=find_packages(include=["devsky_nb", "devsky_nb.*"]),
     include_package_data=False,
-    package_data={"devsky_nb": ["configs/*", "configs/*/*", "configs/*/*/*", "models/*/*", "models/*/*/*", "templates/*"]},
+    package_data={"devsky_nb": ["configs/*", "configs/*/*", "configs/*/*/*", "models/*/*", "models/*/*/*", "templates/*", "traces/*"]},
     install_requires=entries("requirements"),
     extras_require={"dev": entries("dev_requirements"), "lab": entries("lab_requirements")},
     entry_points={"console_scripts": entries("console_scripts"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},

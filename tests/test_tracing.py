@@ -1,10 +1,12 @@
 "Networks without weights: their structure, what a run of them is said to hold, and PyTorch's allocator in numbers."
-import json, random
+import json, random, shutil, subprocess, sys
 
+import numpy as np
 import pytest
 
 from devsky_nb.errors import ValidationError
-from devsky_nb.tracing import CONFIGS, CachingAllocator, Shape, config_folder, meta_network, networks_of, trace_part
+from devsky_nb.tracing import CONFIGS, REPOS, TRACES, CachingAllocator, Shape, Switches, config_folder, meta_network, networks_of, read_trace, take_trace, trace_key, trace_part, write_trace
+from traces import usual
 
 MIB = 2**20
 COUNTS = {("sdxl-base", "unet"): 2567463684, ("sdxl-refiner", "unet"): 2259526660, ("sd15", "unet"): 859520964, ("sd21", "unet"): 865910724, ("sd3-medium", "transformer"): 2028328000,
@@ -22,6 +24,46 @@ def test_folders_with_missing_or_broken_configurations(tmp_path):
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "vae": ["diffusers", "AutoencoderKL"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ValidationError, match=r"lacks unet/config.json, vae/config.json"): networks_of(tmp_path)
+
+
+def same(a, b):
+    events = lambda part: [] if part.trace is None else [part.trace.kind, part.trace.which, part.trace.size, part.trace.result, part.trace.scaled]
+    return (a.kind, a.layers, a.config.get("force_upcast")) == (b.kind, b.layers, b.config.get("force_upcast")) and all(map(np.array_equal, events(a), events(b))) and (a.trace is None) == (b.trace is None)
+
+
+def test_the_traces_of_the_package_are_those_of_its_models_and_no_others():
+    assert {f"{trace_key(*question)}.npz" for model in REPOS for question in usual(model)} == {f.name for f in TRACES.iterdir()}, "run make traces"
+
+
+@pytest.mark.parametrize("model", [m for m in REPOS if m not in ("sd35-medium", "sd35-large")])
+def test_a_trace_of_the_package_is_what_tracing_gives(model):
+    for question in usual(model):
+        assert same(read_trace(TRACES / f"{trace_key(*question)}.npz"), take_trace(*question)), "run make traces"
+
+
+def test_a_trace_that_is_kept_comes_back(tmp_path):
+    part = config_folder("tiny-sdxl")
+    for name, shape in (("unet", Shape(64, 64)), ("vae", Shape(128, 64, 3)), ("text_encoder", Shape(0, 0, 2))):
+        taken = take_trace(part / name, shape, Switches())
+        write_trace(taken, tmp_path / "t.npz")
+        assert same(taken, read_trace(tmp_path / "t.npz"))
+    assert not same(taken, take_trace(part / "unet", Shape(64, 64)))
+
+
+def test_another_configuration_size_or_switch_is_another_trace(tmp_path):
+    part = config_folder("tiny-sdxl") / "unet"
+    key = trace_key(part, Shape(64, 64), Switches())
+    assert len({key, trace_key(part, Shape(64, 128), Switches()), trace_key(part, Shape(64, 64, 2), Switches()), trace_key(part, Shape(64, 64), Switches("math"))}) == 4
+    shutil.copytree(part.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
+    copy = tmp_path / "copy" / "unet"
+    assert trace_key(copy, Shape(64, 64), Switches()) == key
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    assert trace_key(copy, Shape(64, 64), Switches()) != key
+
+
+def test_a_plan_of_a_known_model_imports_no_torch():
+    code = "import sys; from devsky_nb.vram import plan_vram; assert plan_vram('sdxl-base', '8GB').best; assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 @pytest.mark.parametrize("config", ["", "{", "[]", "null", "{}", '{"_class_name": "UNet9DModel"}', '{"model_type": "gpt2"}', '{"model_type": "nonsense"}', "\x00\xff"])
