@@ -83,6 +83,16 @@ def test_a_unet_that_is_wrong_in_itself_is_named(change, tmp_path):
     with pytest.raises(ValidationError, match="unet cannot be traced: "): trace_part(tmp_path / "unet", Shape(1024, 1024))
 
 
+def test_tracing_leaves_no_memory_behind():
+    code = ("import gc, psutil, resource; from devsky_nb.tracing import Shape, config_folder, take_trace\n"
+            "take_trace(config_folder('tiny-sdxl') / 'unet', Shape(64, 64)); rss = lambda: psutil.Process().memory_info().rss; before = rss()\n"
+            "for part in ('transformer', 'text_encoder_3'): take_trace(config_folder('sd35-large') / part, Shape(1024, 1024))\n"
+            "gc.collect(); print(rss() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    left, most = map(int, done.stdout.split())
+    assert left < 60 * MIB and most < 120 * MIB
+
+
 def test_the_allocator_never_hands_out_a_byte_twice():
     rng, allocator, held = random.Random(0), CachingAllocator(), {}
     for _ in range(3000):
