@@ -140,7 +140,7 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="number format (default: what suits the model)")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), default="cuda", help="where it is to run (default: %(default)s)")
     parser.add_argument("--no-guidance", action="store_true", help="run the denoiser once a step, not twice")
-    parser.add_argument("--without", action="append", metavar="PART", help="a component to leave out, such as safety_checker")
+    parser.add_argument("--without", action="append", metavar="PART", help="a component to do without: safety_checker or text_encoder_3")
     parser.add_argument("--top", type=int, default=8, metavar="N", help="configurations to list (default: %(default)s)")
 
 # %% ../nbs/15_cli.ipynb #041a0241

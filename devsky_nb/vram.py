@@ -311,26 +311,28 @@ class Estimate:
         "Bytes at the worst moment of each phase."
         return {p: max(s.total for s in self.stages if s.phase == p) for p in PHASES if any(s.phase == p for s in self.stages)}
 
-    @property
-    def peak_stage(self) -> Stage: return max(self.stages, key=lambda s: s.total)
-
-    @property
-    def peak_phase(self) -> str: return self.peak_stage.phase
-
-    @property
-    def loaded(self) -> int:
-        "Bytes on the device when the model is loaded and idle."
-        return sum(weights_of(self.pipeline, staying(self.pipeline)).values())
-
-    @property
-    def peak_allocated(self) -> int:
-        "Bytes of all tensors and workspaces at the worst moment: what must be there."
-        return self.peak_stage.total
-
     @cached_property
     def peak_reserved(self) -> int:
         "Bytes that PyTorch takes from the device if it has plenty: gaps between tensors included."
         return max(self.peak_allocated, reserved(self)) if self.setup.device == "cuda" else self.peak_allocated
+
+
+# %% ../nbs/10_vram.ipynb #7c31a904
+@patch(as_prop=True)
+def peak_stage(self: Estimate) -> Stage: return max(self.stages, key=lambda s: s.total)
+
+@patch(as_prop=True)
+def peak_phase(self: Estimate) -> str: return self.peak_stage.phase
+
+@patch(as_prop=True)
+def peak_allocated(self: Estimate) -> int:
+    "Bytes of all tensors and workspaces at the worst moment: what must be there."
+    return self.peak_stage.total
+
+@patch(as_prop=True)
+def loaded(self: Estimate) -> int:
+    "Bytes on the device when the model is loaded and idle."
+    return sum(weights_of(self.pipeline, staying(self.pipeline)).values())
 
 # %% ../nbs/10_vram.ipynb #311a6cf4
 def reserved(estimate: Estimate) -> int:  # bytes
