@@ -58,7 +58,8 @@ class CLIPImageEmbedder:
                  offline: bool | None = None,  # True: never fetch; None: as HF_HUB_OFFLINE says
                  ):
         import torch
-        from devsky_nb.images import ClipPreprocessor, ImagePolicy
+        from devsky_nb.images import ImagePolicy
+        from devsky_nb.preprocess import ClipPreprocessor
         from devsky_nb.registry import load_model, locate_model
         self.output, self.precision = one_of("output", output, OUTPUTS), one_of("precision", precision, PRECISIONS)
         self.model_name, self.device, self.policy = str(model_name), check_device(device), policy or ImagePolicy()

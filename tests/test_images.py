@@ -7,7 +7,7 @@ import numpy as np, psutil, pytest
 from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from devsky_nb.errors import DevSkyyError, FileNotFoundError, ValidationError
-from devsky_nb.images import FORMATS, ClipPreprocessor, ImagePolicy, load_image, pixel_hash
+from devsky_nb.images import FORMATS, ImagePolicy, load_image, pixel_hash
 
 WHITE, SMALL = (255, 255, 255), ImagePolicy(max_pixels=4_000_000, max_bytes=4_000_000)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -508,83 +508,80 @@ def test_pixel_hash_is_of_size_and_pixels():
     with pytest.raises(ValidationError, match="not L"): pixel_hash(Image.new("L", (2, 2)))
 
 
-def reference(**settings):
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    return CLIPImageProcessorPil(**settings)
+# --- scaled decoding -----------------------------------------------------------------------------------------------------
+
+def scaled(data, least):
+    image, record = load_image(data, least=least)
+    return image.size, record.actions
 
 
-def same(ours, theirs, image):
-    a, b = ours(image), np.asarray(theirs(image, return_tensors="np")["pixel_values"][0])
-    return a.dtype == b.dtype == np.float32 and a.shape == b.shape and np.array_equal(a, b)
+def test_a_jpeg_is_decoded_as_small_as_least_allows_and_the_record_says_so():
+    for w, h in ((801, 600), (600, 801), (640, 640), (1600, 90), (8, 8), (1, 1)):
+        data = encode(photo(w, h), "JPEG")
+        for least in (1, 7, 64, 75, 76, 149, 150, 151, 300, 301, 601, 10**9):
+            size, actions = scaled(data, least)
+            factor = next(s for s in (8, 4, 2, 1) if s == 1 or min(w, h) // least >= s)
+            assert size == (-(-w // factor), -(-h // factor)), (w, h, least)
+            assert actions == ((f"decode: 1/{factor} scale",) if factor > 1 else ())
+            assert factor == 1 or min(size) >= least
+        assert load_image(data, least=1)[1].size == (w, h), "the record keeps the size as stored"
 
 
-@pytest.mark.parametrize("size, crop", [(32, 32), (33, 33), (36, 32), (37, 32), (32, 37), (31, 36)])
-def test_preprocessing_equals_the_reference_to_the_last_bit(tmp_path, size, crop):
-    theirs = reference(size={"shortest_edge": size}, crop_size={"height": crop, "width": crop})
-    theirs.save_pretrained(tmp_path)
-    ours, rng, residues = ClipPreprocessor.from_pretrained(tmp_path), np.random.default_rng(0), set()
-    sizes = [(w, h) for w in range(28, 60, 3) for h in (29, 32, 33, 45, 100)] + [(1, 1), (1, 2), (2, 1), (1, 4000), (4000, 3), (3, 700), (600, 2), (301, 517), (70, 100), (640, 427)]
-    for w, h in sizes + [(h, w) for w, h in sizes]:
-        image = Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8))
-        assert same(ours, theirs, image), (w, h)
-        residues.add((int(size * max(w, h) / min(w, h)) - crop) % 4)
-    assert residues == {0, 1, 2, 3}
+def test_without_least_nothing_changes():
+    data = encode(photo(801, 600), "JPEG")
+    plain = pixel_hash(Image.open(io.BytesIO(data)).convert("RGB"))
+    for least in (None, 301, 600): assert (pixel_hash(load_image(data, least=least)[0]), load_image(data, least=least)[1].actions) == (plain, ())
 
 
-def test_preprocessing_equals_the_reference_at_full_size(tmp_path):
-    theirs = reference()
-    theirs.save_pretrained(tmp_path)
-    ours = ClipPreprocessor.from_pretrained(tmp_path)
-    ramp = Image.fromarray(np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 256, 3).repeat(256, 0))
-    rng = np.random.default_rng(1)
-    noise = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in ((1600, 1200), (427, 640), (224, 225), (2000, 7), (1, 1), (900, 299))]
-    for image in (ramp, photo(1000, 700), *noise): assert same(ours, theirs, image)
-    assert ours.backend == theirs.backend == "pil" and ours.resize_crop(ramp).shape == (224, 224, 3) and ours.resize_crop(ramp).dtype == np.uint8
+@pytest.mark.parametrize("options", [dict(progressive=True), dict(subsampling=0), dict(subsampling=1), dict(subsampling=2), dict(quality=1)], ids=str)
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_scaled_pictures_show_the_same(mode, options):
+    data = encode(photo(320, 240, mode).resize((320, 240)), "JPEG", **options)
+    whole, small = load_image(data)[0], load_image(data, least=60)
+    assert small[1].actions[0] == "decode: 1/4 scale" and small[1].mode == mode
+    assert np.abs(pixels(small[0]) - pixels(whole.reduce(4))).mean() < 12
 
 
-def test_other_means_and_factors_stay_exact(tmp_path):
-    theirs = reference(image_mean=[.5, .4, .3], image_std=[.25, .3, .7], rescale_factor=1 / 127.5, size={"shortest_edge": 40}, crop_size={"height": 40, "width": 40})
-    theirs.save_pretrained(tmp_path)
-    assert same(ClipPreprocessor.from_pretrained(tmp_path), theirs, photo(77, 61))
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_scaled_pictures_are_turned_and_their_profile_obeyed(orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    data = encode(photo(320, 240), "JPEG", exif=exif, icc_profile=SWAPPED, quality=95)
+    image, record = load_image(data, least=100)
+    assert record.actions[0] == "decode: 1/2 scale" and len(record.actions) == 2 + (orientation > 1)
+    assert image.size == ((160, 120) if orientation < 5 else (120, 160)) and not image.info
+    assert np.abs(pixels(image) - pixels(load_image(data)[0].reduce(2))).mean() < 3
 
 
-@pytest.mark.parametrize("source", [photo(90, 70, "RGBA"), photo(90, 70, "L"), photo(90, 70).quantize(16), photo(90, 70, "RGBA").convert("LA"), photo(90, 70, "CMYK")], ids=lambda i: i.mode)
-def test_loading_then_preprocessing_equals_the_reference_on_the_raw_picture(source):
-    theirs = reference(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    assert np.array_equal(ClipPreprocessor(32, 32)(load_image(source)[0]), theirs(source, return_tensors="np")["pixel_values"][0])
+@pytest.mark.parametrize("format", ["PNG", "WEBP", "AVIF", "GIF", "TIFF", "BMP"])
+def test_only_jpegs_have_something_to_skip(format):
+    data = encode(photo(320, 240), format)
+    assert load_image(data, least=10)[0] == load_image(data)[0] and load_image(data, least=10)[1] == load_image(data)[1]
 
 
-def test_settings_in_every_spelling(tmp_path):
-    def read(name, settings):
-        for p in tmp_path.iterdir(): p.unlink()
-        (tmp_path / name).write_text(json.dumps(settings))
-        return ClipPreprocessor.from_pretrained(tmp_path)
-    old = read("preprocessor_config.json", {"crop_size": 64, "size": 72, "feature_extractor_type": "CLIPFeatureExtractor", "do_resize": True, "resample": 3})
-    assert (old.size, old.crop, old.mean[0], old.backend) == (72, 64, 0.48145466, "pil")
-    new = read("processor_config.json", {"image_processor": {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 48}, "crop_size": {"height": 40, "width": 40}}})
-    assert (new.size, new.crop) == (48, 40)
-    (tmp_path / "preprocessor_config.json").write_text('{"size": 10}')
-    assert ClipPreprocessor.from_pretrained(tmp_path).size == 48, "processor_config.json wins, as in transformers"
-    for bad in ({"resample": 2}, {"do_resize": False}, {"do_center_crop": False}, {"do_rescale": False}, {"do_normalize": False}, {"do_pad": True}, {"size": {"height": 9, "width": 9}},
-                {"size": {"shortest_edge": 9, "longest_edge": 12}}, {"crop_size": {"height": 9, "width": 8}}, {"size": "big"}, {"size": -3}, {"size": 10**9}, {"image_mean": [0.5]},
-                {"image_std": [1, 1, "x"]}, {"image_std": [1, 0, 1]}, {"image_mean": [1, float("nan"), 1]}, {"image_processor_type": "SiglipImageProcessor"}, {"rescale_factor": "x"}):
-        with pytest.raises(ValidationError) as caught: read("preprocessor_config.json", bad)
-        assert next(iter(bad)) in str(caught.value)
-    for text in ("", "[1, 2]", "{", "null", '"x"', "\udcff"):
-        (tmp_path / "preprocessor_config.json").write_text(text, errors="surrogateescape")
-        with pytest.raises(ValidationError, match="is not a processor configuration"): ClipPreprocessor.from_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").unlink()
-    for missing in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(FileNotFoundError, match="no preprocessor_config.json"): ClipPreprocessor.from_pretrained(missing)
-    with pytest.raises(ValidationError): (tmp_path / "processor_config.json").write_text('{"image_processor": 5}'); ClipPreprocessor.from_pretrained(tmp_path)
+def test_a_jpeg_of_several_pictures_is_scaled_too():
+    data = encode(photo(320, 240), "MPO", save_all=True, append_images=[photo(320, 240).rotate(180)])
+    image, record = load_image(data, least=120)
+    assert (image.size, record.format, record.n_frames, record.actions) == ((160, 120), "MPO", 2, ("decode: 1/2 scale", "frames: first of 2"))
 
 
-def test_neither_torch_nor_transformers_is_needed(tmp_path):
-    (tmp_path / "preprocessor_config.json").write_text("{}")
-    code = f"import sys; from devsky_nb.images import *; ClipPreprocessor.from_pretrained({str(tmp_path)!r})(load_image({encode(photo())!r})[0]); assert not {{'torch', 'transformers', 'torchvision'}} & set(sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+def test_a_picture_that_the_caller_opened_is_not_changed():
+    mine = Image.open(io.BytesIO(encode(photo(320, 240), "JPEG")))
+    assert load_image(mine, least=10)[0].size == mine.size == (320, 240)
 
 
-def test_a_very_long_picture_cannot_ask_for_any_amount_of_memory():
-    with pytest.raises(ValidationError, match="too long and thin") as caught: ClipPreprocessor()(Image.new("RGB", (100_000, 1)))
-    assert caught.value.details["reason"] == "aspect-ratio"
+@pytest.mark.parametrize("least", [0, -5, 1.5, "224", True, (8, 8)])
+def test_a_bad_least_is_refused_for_every_source(least):
+    for source in (encode(photo(), "JPEG"), encode(photo()), photo(), np.asarray(photo())):
+        with pytest.raises(ValidationError, match="expected a whole number of pixels") as caught: load_image(source, least=least)
+        assert caught.value.details["reason"] == "bad-least"
+
+
+def test_limits_and_damage_count_as_before():
+    data = encode(photo(320, 240), "JPEG")
+    for policy, bad in ((ImagePolicy(max_pixels=320 * 240 - 1), data), (ImagePolicy(), data[:len(data) // 2])):
+        reasons = []
+        for least in (None, 30):
+            with pytest.raises(ValidationError) as caught: load_image(bad, policy, least)
+            reasons.append(caught.value.details["reason"])
+        assert reasons[0] == reasons[1] in ("too-many-pixels", "truncated")
