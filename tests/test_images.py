@@ -498,7 +498,7 @@ def test_threads_agree_with_one_thread():
     with ThreadPoolExecutor(8) as pool: assert list(pool.map(lambda d: pixel_hash(load_image(d)[0]), files)) == alone
 
 
-# --- hashes and preprocessing --------------------------------------------------------------------------------------------
+# --- hashes --------------------------------------------------------------------------------------------------------------
 
 def test_pixel_hash_is_of_size_and_pixels():
     image = photo()
