@@ -47,13 +47,16 @@ def one_of(name: str,  # what the caller calls the argument
 # %% ../nbs/06_clip.ipynb #002b5a1e
 class CLIPImageEmbedder:
     "Embeds images and texts with one CLIP model."
+    receipt: "Receipt | None" = None  # what `tune` found
+    least: int | None = None  # JPEG files may be decoded smaller, down to this many pixels; None: whole
+    _run: "Callable[[np.ndarray], np.ndarray] | None" = None  # pixels to vectors; None: the model as it is
     def __init__(self,
                  model_name: str | Path = "openai/clip-vit-base-patch32",  # alias, Hub id, or folder
                  device: str | None = None,  # None: the best there is
                  cache_dir: str | Path | None = None,  # Hub cache; None: the usual one
                  *,
                  output: str = "projected",  # "projected", "pooled" or "cls"
-                 precision: str = "auto",  # "auto" is exact fp32; "bf16" and "fp16" must be asked for
+                 precision: str = "auto",  # "auto": exact fp32 until `tune` found something faster; "fp32", "bf16" or "fp16": that
                  policy: "ImagePolicy | None" = None,  # how files are read; None: as `devsky_nb.images` does
                  offline: bool | None = None,  # True: never fetch; None: as HF_HUB_OFFLINE says
                  ):
@@ -69,7 +72,8 @@ class CLIPImageEmbedder:
         self.preprocess = ClipPreprocessor.from_pretrained(self.path)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.model_name!r}, {self.dim} numbers, {self.output}, {self.dtype}, {self.device})"
+        how = self.receipt.name if self.receipt else self.dtype
+        return f"{type(self).__name__}({self.model_name!r}, {self.dim} numbers, {self.output}, {how}, {self.device})"
 
     @property
     def dim(self) -> int:
@@ -85,6 +89,7 @@ def _forward(self: CLIPImageEmbedder,
     "Vectors of prepared pixels; halves the batch for as long as it does not fit."
     import numpy as np, torch
     try:
+        if self._run: return self._run(pixels)
         with torch.inference_mode():
             vectors = clip_vectors(self.model, torch.from_numpy(pixels).to(self.device, self.dtype), self.output)
             return vectors.cpu().numpy()
@@ -122,7 +127,7 @@ def _prepare(self: CLIPImageEmbedder,
     "Read one input and make it ready for the model."
     from devsky_nb.images import load_image, pixel_hash
     try:
-        image, record = load_image(source, self.policy)
+        image, record = load_image(source, self.policy, **({"least": self.least} if self.least else {}))
         pixels = self.preprocess(image)
     except DevSkyyError as e: return Embedded(index, source, error=e), None
     except Exception as e: return Embedded(index, source, error=MLError(
@@ -264,10 +269,30 @@ def zero_shot(self: CLIPImageEmbedder,
 def fingerprint(self: CLIPImageEmbedder) -> str:  # such as "projected-fp32-1f0c…", the same on every machine
     "Name of everything that the vectors depend on."
     import hashlib
-    if not hasattr(self, "_fingerprint"):
+    if not hasattr(self, "_content"):
         h = hashlib.sha256(repr(self.preprocess).encode())
         for file in sorted(self.path.glob("*.safetensors")):
             with file.open("rb") as f: h.update(hashlib.file_digest(f, "sha256").digest())
-        precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(self.dtype).removeprefix("torch.")]
-        self._fingerprint = f"{self.output}-{precision}-{h.hexdigest()[:16]}"
-    return self._fingerprint
+        self._content = h.hexdigest()[:16]
+    precision = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[str(self.dtype).removeprefix("torch.")]
+    return f"{self.output}-{self.receipt.name if self.receipt else precision}-{self._content}"
+
+# %% ../nbs/06_clip.ipynb #b7f1d2e3
+@patch
+def tune(self: CLIPImageEmbedder,
+         sample: list,  # paths, bytes, PIL images or arrays: at least 64 different ones of those to be embedded
+         images: int | None = None,  # in the whole job; None: many
+         ) -> "Receipt":  # what was tried, what is used from now on, and why
+    "Find the fastest faithful way to embed pictures like these, and use it."
+    from devsky_nb.precision import make_receipt
+    receipt = make_receipt(self, sample, images)
+    self.adopt(receipt)
+    return receipt
+
+@patch
+def adopt(self: CLIPImageEmbedder,
+          receipt: "Receipt",  # of the same model and output
+          ) -> None:
+    "Use what a receipt chose, without trying again."
+    from devsky_nb.precision import adopt
+    adopt(self, receipt)
