@@ -53,15 +53,16 @@ def unfaithful(cosine: float,  # the worst
     if not recall >= MIN_RECALL: return f"recall@{NEIGHBOURS} {recall:.3f}, below {MIN_RECALL}"
     return None
 
-# %% ../nbs/06b_precision.ipynb #26ea9928
-LEVELS = 63  # of a weight, each way; 255 * 63 * 2 fits into 16 bits
+# %% ../nbs/06b_precision.ipynb #acdb9c5a
+LEVELS = {7: 63, 8: 127}  # of a weight, each way; 255 * 63 * 2 fits into 16 bits
 
 def quantize_weight(weight: "torch.Tensor",  # (N, K) float
+                    bits: int = 7,  # 7 or 8
                     ) -> "tuple[np.ndarray, np.ndarray]":  # (K, N) int8, (N,) float32
     "Weights as small whole numbers, and the scale of each output channel."
     import torch
     weight = weight.detach().float().cpu()
-    scale = weight.abs().amax(1) / LEVELS
+    scale = weight.abs().amax(1) / LEVELS[bits]
     if not torch.isfinite(scale).all(): raise ModelLoadError("a weight is not finite: the model's files are damaged")
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
     return (weight / scale[:, None]).round().to(torch.int8).T.contiguous().numpy(), scale.numpy()
@@ -71,7 +72,8 @@ FUSED = ("MatMulIntegerToFloat", "MultiHeadAttention", "QuickGelu", "BiasGelu", 
 
 class Graph:
     "An ONNX graph in the making."
-    def __init__(self): self.nodes, self.constants, self.names = [], [], {}
+    def __init__(self, bits: int = 8):  # of weights: 7 or 8
+        self.bits, self.nodes, self.constants = bits, [], []
 
     def const(self, value: "np.ndarray | torch.Tensor | int | list[int]") -> str:
         "The name of a constant."
@@ -109,8 +111,10 @@ def product(g: Graph,
             ) -> str:  # (M, N) float32
     "Rows times weights, without bias."
     import numpy as np
-    (x, scale), (w, channel) = quantized, quantize_weight(weight)
-    y = g.op("MatMulIntegerToFloat", x, g.const(w), g.const(np.float32(1)), g.const(channel), g.const(np.uint8(128)))
+    (x, scale), (w, channel), zero = quantized, quantize_weight(weight, g.bits), g.const(np.uint8(128))
+    unsigned = g.bits == 8
+    if unsigned: w = w.view(np.uint8) ^ 128
+    y = g.op("MatMulIntegerToFloat", x, g.const(w), g.const(np.float32(1)), g.const(channel), zero, *[zero] * unsigned)
     return g.op("Mul", y, scale)
 
 # %% ../nbs/06b_precision.ipynb #f90efc0b
@@ -186,9 +190,10 @@ def perceptron(g: Graph, x: str, layer: "CLIPMLP") -> str:
 # %% ../nbs/06b_precision.ipynb #604192f5
 def tower_session(model: "CLIPModel | CLIPVisionModelWithProjection",
                   output: str = "projected",  # as `clip_vectors` takes it
+                  bits: int = 8,  # of the weights: 7 or 8
                   ) -> "onnxruntime.InferenceSession":  # (N, 3, S, S) float32 to (N, D), not normalised
     "A vision tower in eight bits."
-    tower, g = model.vision_model, Graph()
+    tower, g = model.vision_model, Graph(bits)
     cfg, layers = tower.config, tower.encoder.layers
     tokens, x = tower.embeddings.num_positions, patch_tokens(g, tower)
     for i, layer in enumerate(layers):
@@ -203,11 +208,13 @@ def tower_session(model: "CLIPModel | CLIPVisionModelWithProjection",
 # %% ../nbs/06b_precision.ipynb #07b36d63
 FOUR = 4
 
-def int8_runner(embedder: CLIPImageEmbedder) -> "Callable[[np.ndarray], np.ndarray]":  # (N, 3, S, S) to (N, D), length 1 each
+def int8_runner(embedder: CLIPImageEmbedder,
+                bits: int = 8,  # of the weights: 7 or 8
+                ) -> "Callable[[np.ndarray], np.ndarray]":  # (N, 3, S, S) to (N, D), length 1 each
     "The embedder's vision tower in eight bits, on all of PyTorch's threads."
     import numpy as np, torch
     from concurrent.futures import ThreadPoolExecutor
-    tower = tower_session(embedder.model, embedder.output)
+    tower = tower_session(embedder.model, embedder.output, bits)
     def run(pixels):
         threads = torch.get_num_threads()
         step = max(1, min(FOUR, math.ceil(len(pixels) / threads)))
@@ -286,11 +293,11 @@ def no_compiler(device: str) -> str | None:
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     return None if shutil.which(name) else f"no C++ compiler: {name} is not on the PATH"
 
-# %% ../nbs/06b_precision.ipynb #205abe7b
-def slow_int8_onnxruntime(device: str) -> str | None:
+# %% ../nbs/06b_precision.ipynb #8ede735c
+def slow_int8_onnxruntime(bits: int, device: str) -> str | None:
     "Why ONNX Runtime's 8-bit product is not worth building on."
     import numpy as np, torch
-    g = Graph()
+    g = Graph(bits)
     layer = session(g, product(g, quantize_rows(g, "x"), torch.randn(1024, 1024)), ["M", 1024], threads=torch.get_num_threads())
     x = np.random.default_rng(0).standard_normal((256, 1024), dtype=np.float32)
     return slower_product(lambda: layer.run(None, {"x": x}))
@@ -324,9 +331,10 @@ class Route:
 
 ROUTES = {
     "fp32": Route(lambda embedder: None),
-    "int8-onnxruntime": Route(int8_runner, slow_int8_onnxruntime, ("onnx", "onnxruntime"), devices=("cpu",)),
     "int8-torchao": Route(partial(torch_runner, compiled=True, quantized=True), slow_int8_torch, ("torchao",), True, ("cpu",)),
     "fp32-compiled": Route(partial(torch_runner, compiled=True), compiled=True)}
+for _name, _bits in (("int8-onnxruntime", 8), ("int8-onnxruntime-w7", 7)):
+    ROUTES[_name] = Route(partial(int8_runner, bits=_bits), partial(slow_int8_onnxruntime, _bits), ("onnx", "onnxruntime"), devices=("cpu",))
 for _name, _dtype, _devices in (("bf16", "bfloat16", ("cpu", "cuda", "mps")), ("fp16", "float16", ("cuda", "mps"))):
     ROUTES[_name] = Route(partial(torch_runner, dtype=_dtype), partial(slow_half, _dtype), devices=_devices)
     ROUTES[f"{_name}-compiled"] = Route(partial(torch_runner, dtype=_dtype, compiled=True), partial(slow_half, _dtype), (), True, _devices)
@@ -441,6 +449,7 @@ def try_candidate(embedder: CLIPImageEmbedder,  # in fp32; not changed
     if errors := [r.error for r in results if r.error]:
         return replace(trial, refused=f"{len(errors)} of {len(results)} pictures failed: {errors[0].message}"[:300]), None
     vectors = np.stack([r.vector for r in results])
+    if trial.route == "fp32" and np.abs(vectors - reference).max() < 1e-6: return replace(trial, refused="none of these pictures can be decoded smaller"), None
     cosine, recall = min(1., float((vectors * reference).sum(1).min())), neighbour_recall(reference, vectors)
     trial = replace(trial, cosine=cosine, recall=recall, setup=setup, refused=unfaithful(cosine, recall))
     return trial, None if trial.refused else twin
@@ -494,7 +503,7 @@ def try_all(embedder: CLIPImageEmbedder,  # in fp32
     faithful, size = [t.route for t in trials if not t.refused], embedder.preprocess.size
     for least in (size, 2 * size):
         attempt(Trial("fp32", least))
-        if not trials[-1].refused: break
+        if trials[-1].cosine is None or not trials[-1].refused: break
     if not trials[-1].refused:
         for route in faithful[1:]: attempt(Trial(route, least))
     speeds = measure_speeds(twins, sources)
