@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from html import escape
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 from fastcore.basics import patch
 
@@ -89,35 +90,41 @@ class Graph:
         self.nodes.append(helper.make_node(kind, inputs, [f"t{len(self.nodes)}"], domain="com.microsoft" * (kind in FUSED), **attributes))
         return self.nodes[-1].output[0]
 
-# %% ../nbs/06b_precision.ipynb #d1c60191
-GELU_FLOOR = .17
+# %% ../nbs/06b_precision.ipynb #23bcfbd5
+GELU_FLOOR = -.17
 
 def quantize_rows(g: Graph,
                   x: str,  # (M, K) float32
-                  floor: float | None = None,  # no value is below minus this
-                  ) -> tuple[str, str]:  # (M, K) uint8 around 128; (M, 1) float32
+                  floor: float | None = None,  # no value is below it; None: as far below zero as above
+                  ) -> tuple[str, str]:  # (M, K) uint8; (M, 1) float32
     "Each row as whole numbers, and its scale."
     import numpy as np
-    last = g.const([-1])
-    low = g.const(np.float32(floor)) if floor else g.op("Neg", g.op("ReduceMin", x, last, keepdims=0))
-    largest = g.op("Max", g.op("ReduceMax", x, last, keepdims=0), low, g.const(np.float32(1e-30)))
-    scale = g.op("Mul", largest, g.const(np.float32(1 / 127)))
-    zero = g.op("Expand", g.const(np.uint8(128)), g.op("Shape", scale))
-    return g.op("QuantizeLinear", x, scale, zero, axis=0), g.op("Unsqueeze", scale, last)
+    last, tiny, number = g.const([-1]), g.const(np.float32(1e-30)), lambda value: g.const(np.float32(value))
+    high = g.op("ReduceMax", x, last, keepdims=0)
+    if floor is None: largest, levels, zero = g.op("Max", high, g.op("Neg", g.op("ReduceMin", x, last, keepdims=0)), tiny), 127, 128
+    else: x, largest, levels, zero = g.op("Sub", x, number(floor)), g.op("Max", g.op("Sub", high, number(floor)), tiny), 255, 0
+    scale = g.op("Mul", largest, number(1 / levels))
+    zeros = g.op("Expand", g.const(np.uint8(zero)), g.op("Shape", scale))
+    return g.op("QuantizeLinear", x, scale, zeros, axis=0), g.op("Unsqueeze", scale, last)
 
+# %% ../nbs/06b_precision.ipynb #db14bc39
 def product(g: Graph,
             quantized: tuple[str, str],  # as `quantize_rows` returns it
-            weight: "torch.Tensor",  # (N, K)
+            layer: "torch.nn.Linear",
+            bias: bool = True,
+            floor: float | None = None,  # as `quantize_rows` had it
             ) -> str:  # (M, N) float32
-    "Rows times weights, without bias."
+    "Rows through a linear layer."
     import numpy as np
-    (x, scale), (w, channel), zero = quantized, quantize_weight(weight, g.bits), g.const(np.uint8(128))
+    (x, scale), (w, channel), zero = quantized, quantize_weight(layer.weight, g.bits), lambda value: g.const(np.uint8(value))
+    shift = 0 if floor is None else floor * channel * w.sum(0, dtype=np.int64)
     unsigned = g.bits == 8
     if unsigned: w = w.view(np.uint8) ^ 128
-    y = g.op("MatMulIntegerToFloat", x, g.const(w), g.const(np.float32(1)), g.const(channel), zero, *[zero] * unsigned)
-    return g.op("Mul", y, scale)
+    y = g.op("MatMulIntegerToFloat", x, g.const(w), g.const(np.float32(1)), g.const(channel), zero(128 if floor is None else 0), *[zero(128)][:unsigned])
+    y = g.op("Mul", y, scale)
+    return g.op("Add", y, g.const((layer.bias.detach().cpu().numpy() + shift).astype(np.float32))) if bias else y
 
-# %% ../nbs/06b_precision.ipynb #f90efc0b
+# %% ../nbs/06b_precision.ipynb #3097cd36
 def session(g: Graph,
             output: str,  # name
             shape: list[int | str],  # of the input `x`, float32
@@ -134,7 +141,7 @@ def session(g: Graph,
     options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
-# %% ../nbs/06b_precision.ipynb #4aa9ad47
+# %% ../nbs/06b_precision.ipynb #55ce5152
 def patch_tokens(g: Graph,
                  tower: "CLIPVisionModel",
                  ) -> str:  # (pictures * tokens, D), after the first norm
@@ -144,7 +151,8 @@ def patch_tokens(g: Graph,
     side, p, dim = cfg.image_size // cfg.patch_size, cfg.patch_size, cfg.hidden_size
     x = g.op("Reshape", "x", g.const([-1, cfg.num_channels, side, p, side, p]))
     x = g.op("Reshape", g.op("Transpose", x, perm=[0, 2, 4, 1, 3, 5]), g.const([-1, cfg.num_channels * p * p]))
-    x = g.op("Reshape", product(g, quantize_rows(g, x), parts.patch_embedding.weight.flatten(1)), g.const([-1, side * side, dim]))
+    as_linear = SimpleNamespace(weight=parts.patch_embedding.weight.flatten(1))
+    x = g.op("Reshape", product(g, quantize_rows(g, x), as_linear, bias=False), g.const([-1, side * side, dim]))
     table = parts.position_embedding.weight.detach().clone()
     table[0] += parts.class_embedding.detach()
     x = g.op("Add", g.op("Pad", x, g.const([0, 1, 0, 0, 0, 0])), g.const(table))
@@ -154,7 +162,7 @@ def norm(g: Graph, x: str, layer: "torch.nn.LayerNorm") -> str:
     "A layer norm."
     return g.op("LayerNormalization", x, g.const(layer.weight), g.const(layer.bias), epsilon=layer.eps, axis=-1)
 
-# %% ../nbs/06b_precision.ipynb #9635b449
+# %% ../nbs/06b_precision.ipynb #303b0652
 def class_token(g: Graph, x: str, tokens: int, dim: int) -> str:  # (pictures, D)
     "The first of each picture's rows."
     import numpy as np
@@ -170,13 +178,13 @@ def attention(g: Graph,
     import torch
     dim, rows = layer.embed_dim, quantize_rows(g, x)
     asking = quantize_rows(g, class_token(g, x, tokens, dim)) if first else rows
-    q, k, v = (g.op("Reshape", product(g, r, m.weight), g.const([-1, n, dim])) for r, m, n in
+    q, k, v = (g.op("Reshape", product(g, r, m, bias=False), g.const([-1, n, dim])) for r, m, n in
                ((asking, layer.q_proj, 1 if first else tokens), (rows, layer.k_proj, tokens), (rows, layer.v_proj, tokens)))
     bias = g.const(torch.cat([m.bias for m in (layer.q_proj, layer.k_proj, layer.v_proj)]))
     y = g.op("MultiHeadAttention", q, k, v, bias, num_heads=layer.num_heads, scale=layer.scale)
-    return g.op("Add", product(g, quantize_rows(g, g.op("Reshape", y, g.const([-1, dim]))), layer.out_proj.weight), g.const(layer.out_proj.bias))
+    return product(g, quantize_rows(g, g.op("Reshape", y, g.const([-1, dim]))), layer.out_proj)
 
-# %% ../nbs/06b_precision.ipynb #3fe48dba
+# %% ../nbs/06b_precision.ipynb #8f005519
 ACTIVATIONS = {"quick_gelu": lambda g, x, bias: g.op("QuickGelu", g.op("Add", x, bias), alpha=1.702),
                "gelu": lambda g, x, bias: g.op("BiasGelu", x, bias)}
 
@@ -184,10 +192,10 @@ def perceptron(g: Graph, x: str, layer: "CLIPMLP") -> str:
     "The second half of a layer."
     activation = ACTIVATIONS.get(layer.config.hidden_act)
     if activation is None: raise ModelLoadError(f"hidden_act={layer.config.hidden_act!r}: the graph knows {', '.join(ACTIVATIONS)}")
-    x = activation(g, product(g, quantize_rows(g, x), layer.fc1.weight), g.const(layer.fc1.bias))
-    return g.op("Add", product(g, quantize_rows(g, x, floor=GELU_FLOOR), layer.fc2.weight), g.const(layer.fc2.bias))
+    x = activation(g, product(g, quantize_rows(g, x), layer.fc1, bias=False), g.const(layer.fc1.bias))
+    return product(g, quantize_rows(g, x, GELU_FLOOR), layer.fc2, floor=GELU_FLOOR)
 
-# %% ../nbs/06b_precision.ipynb #604192f5
+# %% ../nbs/06b_precision.ipynb #ea3f792c
 def tower_session(model: "CLIPModel | CLIPVisionModelWithProjection",
                   output: str = "projected",  # as `clip_vectors` takes it
                   bits: int = 8,  # of the weights: 7 or 8
@@ -205,7 +213,7 @@ def tower_session(model: "CLIPModel | CLIPVisionModelWithProjection",
     if output == "projected": x = g.op("MatMul", x, g.const(model.visual_projection.weight.T))
     return session(g, x, ["pictures", 3, cfg.image_size, cfg.image_size])
 
-# %% ../nbs/06b_precision.ipynb #07b36d63
+# %% ../nbs/06b_precision.ipynb #6dbe45c0
 FOUR = 4
 
 def int8_runner(embedder: CLIPImageEmbedder,
@@ -224,7 +232,7 @@ def int8_runner(embedder: CLIPImageEmbedder,
         with np.errstate(invalid="ignore", divide="ignore"): return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return run
 
-# %% ../nbs/06b_precision.ipynb #98343709
+# %% ../nbs/06b_precision.ipynb #9cd6e62a
 def torch_runner(embedder: CLIPImageEmbedder,
                  dtype: str = "float32",
                  compiled: bool = False,
@@ -247,7 +255,7 @@ def torch_runner(embedder: CLIPImageEmbedder,
     run(np.zeros((1, 3, size, size), np.float32))
     return run
 
-# %% ../nbs/06b_precision.ipynb #58c33f01
+# %% ../nbs/06b_precision.ipynb #1cf18386
 def vision_copy(model: "CLIPModel | CLIPVisionModelWithProjection",
                 dtype: "torch.dtype",
                 ) -> "torch.nn.Module":  # with `vision_model` and `visual_projection`
@@ -262,7 +270,7 @@ def quantize_tower(tower: "torch.nn.Module") -> None:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
     quantize_(tower.vision_model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
 
-# %% ../nbs/06b_precision.ipynb #686c0700
+# %% ../nbs/06b_precision.ipynb #75a5a6f6
 def best_time(f: Callable[[], object],
               repeats: int = 5,
               ) -> float:  # seconds
@@ -281,7 +289,7 @@ def slower_product(product: Callable[[], object],  # (256, 1024) times (1024, 10
     with torch.inference_mode(): ratio = best_time(synced(product)) / best_time(synced(lambda: torch.nn.functional.linear(a, w)))
     return f"its matrix product takes {ratio:.1f} times as long as fp32 on this machine" if ratio > 1 else None
 
-# %% ../nbs/06b_precision.ipynb #3399f9b9
+# %% ../nbs/06b_precision.ipynb #d843ab66
 def missing(*packages: str) -> str | None:  # None: all are there
     "Which packages a route lacks, and how to get them."
     absent = [p for p in packages if find_spec(p) is None]
@@ -293,12 +301,12 @@ def no_compiler(device: str) -> str | None:
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     return None if shutil.which(name) else f"no C++ compiler: {name} is not on the PATH"
 
-# %% ../nbs/06b_precision.ipynb #8ede735c
+# %% ../nbs/06b_precision.ipynb #073efcbe
 def slow_int8_onnxruntime(bits: int, device: str) -> str | None:
     "Why ONNX Runtime's 8-bit product is not worth building on."
     import numpy as np, torch
     g = Graph(bits)
-    layer = session(g, product(g, quantize_rows(g, "x"), torch.randn(1024, 1024)), ["M", 1024], threads=torch.get_num_threads())
+    layer = session(g, product(g, quantize_rows(g, "x"), torch.nn.Linear(1024, 1024)), ["M", 1024], threads=torch.get_num_threads())
     x = np.random.default_rng(0).standard_normal((256, 1024), dtype=np.float32)
     return slower_product(lambda: layer.run(None, {"x": x}))
 
@@ -314,7 +322,7 @@ def slow_half(dtype: str, device: str) -> str | None:
     a, w = (torch.randn(shape, device=device).to(getattr(torch, dtype)) for shape in ((256, 1024), (1024, 1024)))
     return slower_product(lambda: torch.nn.functional.linear(a, w), device)
 
-# %% ../nbs/06b_precision.ipynb #0ecda5cb
+# %% ../nbs/06b_precision.ipynb #266b65ad
 @dataclass(frozen=True)
 class Route:
     "One way to run a vision tower."
@@ -339,7 +347,7 @@ for _name, _dtype, _devices in (("bf16", "bfloat16", ("cpu", "cuda", "mps")), ("
     ROUTES[_name] = Route(partial(torch_runner, dtype=_dtype), partial(slow_half, _dtype), devices=_devices)
     ROUTES[f"{_name}-compiled"] = Route(partial(torch_runner, dtype=_dtype, compiled=True), partial(slow_half, _dtype), (), True, _devices)
 
-# %% ../nbs/06b_precision.ipynb #59b3b97a
+# %% ../nbs/06b_precision.ipynb #5d9e8515
 @dataclass(frozen=True)
 class Trial:
     "What became of one candidate."
@@ -356,7 +364,7 @@ class Trial:
         "Route and decoding in one word."
         return self.route + (f"-least{self.least}" if self.least else "")
 
-# %% ../nbs/06b_precision.ipynb #387caa6a
+# %% ../nbs/06b_precision.ipynb #6385a661
 @dataclass(frozen=True, repr=False)
 class Receipt:
     "What was tried, and what was chosen."
@@ -382,7 +390,7 @@ class Receipt:
             (t.name, show(t.speed, ".1f"), show(t.cosine, ".5f"), show(t.recall, ".3f"),
              "chosen" if t.name == self.name else t.refused or "") for t in self.trials]
 
-# %% ../nbs/06b_precision.ipynb #086682ad
+# %% ../nbs/06b_precision.ipynb #f7dd62f7
 @patch
 def __repr__(self: Receipt) -> str:
     widths = [max(map(len, column)) for column in list(zip(*self.rows()))[:-1]]
@@ -397,7 +405,7 @@ def _repr_html_(self: Receipt) -> str:
     table = f"<table>{cells(head, 'th')}{''.join(cells(r, 'td') for r in body)}</table>" if body else ""
     return f"<p><b>{escape(self.name)}</b>: {escape(self.reason)}</p>{table}"
 
-# %% ../nbs/06b_precision.ipynb #eabe6fe1
+# %% ../nbs/06b_precision.ipynb #1d8efac1
 @patch
 def to_dict(self: Receipt) -> dict:  # ready for JSON
     "The receipt as plain data."
@@ -413,7 +421,7 @@ def from_dict(cls: Receipt, data: dict) -> Receipt:  # as `to_dict` made it
     except (TypeError, KeyError, ValueError) as e: raise ValidationError(f"not a receipt of this version of devsky_nb: {e}", original_error=e)
     return receipt
 
-# %% ../nbs/06b_precision.ipynb #81dcc7be
+# %% ../nbs/06b_precision.ipynb #880cb411
 MIN_PICTURES, MAX_PICTURES = 64, 128
 
 def plain(embedder: CLIPImageEmbedder) -> CLIPImageEmbedder:
@@ -432,7 +440,7 @@ def reference_vectors(embedder: CLIPImageEmbedder,  # in fp32
     found = {r.pixel_hash: r for r in embedder.embed_stream(spread, hash_pixels=True) if r.ok}
     return [r.source for r in found.values()], np.stack([r.vector for r in found.values()]) if found else np.empty((0, embedder.dim))
 
-# %% ../nbs/06b_precision.ipynb #3978d652
+# %% ../nbs/06b_precision.ipynb #c48b9015
 def try_candidate(embedder: CLIPImageEmbedder,  # in fp32; not changed
                   trial: Trial,  # the candidate
                   sources: list,
@@ -454,7 +462,7 @@ def try_candidate(embedder: CLIPImageEmbedder,  # in fp32; not changed
     trial = replace(trial, cosine=cosine, recall=recall, setup=setup, refused=unfaithful(cosine, recall))
     return trial, None if trial.refused else twin
 
-# %% ../nbs/06b_precision.ipynb #d06e6395
+# %% ../nbs/06b_precision.ipynb #7f6e3cab
 ROUNDS, TIMED = 3, 64
 
 def measure_speeds(candidates: dict[str, CLIPImageEmbedder],
@@ -469,7 +477,7 @@ def measure_speeds(candidates: dict[str, CLIPImageEmbedder],
             best[name] = min(best[name], time.perf_counter() - start)
     return {name: len(sources) / seconds for name, seconds in best.items()}
 
-# %% ../nbs/06b_precision.ipynb #0a5ec3ad
+# %% ../nbs/06b_precision.ipynb #51f81b44
 MIN_GAIN = 1.1
 
 def choose(trials: list[Trial],  # those with a speed can be chosen; the first is fp32
@@ -483,7 +491,7 @@ def choose(trials: list[Trial],  # those with a speed can be chosen; the first i
     if saved <= seconds + best.setup: return exact, f"{best.name} is faster, but {images:,} pictures are too few to win back the trial"
     return best, f"faithful, and {best.speed / exact.speed:.1f} times as fast as fp32"
 
-# %% ../nbs/06b_precision.ipynb #1ac1b329
+# %% ../nbs/06b_precision.ipynb #dd5b9d3c
 LONG_JOB = 600  # seconds
 
 def try_all(embedder: CLIPImageEmbedder,  # in fp32
@@ -509,7 +517,7 @@ def try_all(embedder: CLIPImageEmbedder,  # in fp32
     speeds = measure_speeds(twins, sources)
     return [replace(t, speed=speeds.get(t.name)) for t in trials]
 
-# %% ../nbs/06b_precision.ipynb #13e45808
+# %% ../nbs/06b_precision.ipynb #43ba955d
 SMALL_JOB = 1000  # pictures
 
 def make_receipt(embedder: CLIPImageEmbedder,
@@ -532,7 +540,7 @@ def make_receipt(embedder: CLIPImageEmbedder,
     trials = try_all(exact, sources, reference, job)
     return receipt(*choose(trials, images, time.perf_counter() - start), n, trials)
 
-# %% ../nbs/06b_precision.ipynb #2d691ffe
+# %% ../nbs/06b_precision.ipynb #be7814be
 def adopt(embedder: CLIPImageEmbedder, receipt: Receipt) -> None:
     "Let an embedder work as a receipt says."
     from devsky_nb.registry import release_memory
