@@ -1,16 +1,16 @@
 "Faster arithmetic beyond its lesson: one vector for one picture, planted outliers, candidates that fail, interruptions, adoption elsewhere."
-import itertools, json, subprocess, sys, threading
+import inspect, io, itertools, json, subprocess, sys, threading
 from dataclasses import replace
 from types import SimpleNamespace
 
-import numpy as np, onnxruntime, pytest, torch
-from PIL import Image
+import numpy as np, pytest, torch
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
 
 from devsky_nb import precision as P
 from devsky_nb.clip import CLIPImageEmbedder, clip_vectors
-from devsky_nb.errors import MLError, ModelLoadError, ValidationError
+from devsky_nb.errors import ModelLoadError, ValidationError
 from devsky_nb.garments import render_garment, sample_garments
+from devsky_nb.images import load_image
 
 INT8 = ["int8-onnxruntime", "int8-onnxruntime-w7"]
 
@@ -123,7 +123,7 @@ def test_planted_outliers_make_eight_bits_fall_back(pictures):
     before = e.encode_images_batch(pictures)
     plant_outliers(e.model)
     torch.testing.assert_close(e.encode_images_batch(pictures), before, atol=1e-4, rtol=0)
-    receipt = e.tune(pictures, images=5000)
+    receipt = e.tune(pictures, images=1500)
     assert not receipt.route.startswith("int8")
     refused = {t.route: t.refused for t in receipt.trials}
     assert all("below 0.999" in refused[r] or "as long as fp32" in refused[r] for r in INT8)
@@ -133,7 +133,7 @@ def test_planted_outliers_make_eight_bits_fall_back(pictures):
 def test_a_receipt_chooses_a_faithful_line_and_survives_json(pictures):
     e = CLIPImageEmbedder("tiny-clip", device="cpu")
     shared = {k: v.clone() for k, v in e.model.state_dict().items()}
-    receipt = e.tune(pictures, images=50_000)
+    receipt = e.tune(pictures, images=3000)
     chosen = next(t for t in receipt.trials if t.name == receipt.name)
     assert chosen.refused is None and chosen.cosine >= .999 and chosen.recall >= .99 and chosen.speed > 0
     assert all((t.refused is None) == (t.speed is not None) for t in receipt.trials)
@@ -184,10 +184,11 @@ find = PathFinder.find_spec
 PathFinder.find_spec = classmethod(lambda cls, name, *a, **k: None if name.split(".")[0] in ("onnx", "onnxruntime", "torchao") else find(name, *a, **k))
 from devsky_nb.clip import CLIPImageEmbedder
 from devsky_nb.garments import render_garment, sample_garments
+from devsky_nb.images import load_image
 from devsky_nb import precision as P
 from devsky_nb.errors import ModelLoadError
 e = CLIPImageEmbedder("tiny-clip", device="cpu")
-receipt = e.tune([render_garment(g, seed=i) for i, g in enumerate(sample_garments(70))], images=5000)
+receipt = e.tune([render_garment(g, seed=i) for i, g in enumerate(sample_garments(70))], images=1500)
 print({t.route: t.refused for t in receipt.trials}["int8-onnxruntime"])
 from dataclasses import replace
 try: e.adopt(replace(receipt, route="int8-onnxruntime"))
@@ -233,6 +234,7 @@ def test_text_of_a_receipt_is_escaped():
 
 def test_torchao_rounds_by_token_and_leaves_the_shared_model_alone(tiny, pixels):
     before = {k: v.clone() for k, v in tiny.model.state_dict().items()}
+    pytest.importorskip("torchao")
     run = P.torch_runner(tiny, quantized=True)
     vectors = run(pixels[:6])
     assert cosine(vectors, tiny._forward(pixels[:6])) > .999
@@ -248,3 +250,20 @@ def test_compiled_once_for_every_batch_size(tmp_path):
     frames = counters["frames"]["ok"]
     for n in (1, 8, 11): np.testing.assert_allclose(run(x[:n]), e._forward(x[:n]), atol=1e-5)
     assert counters["frames"]["ok"] == frames
+
+
+@pytest.mark.skipif("least" not in inspect.signature(load_image).parameters, reason="load_image cannot decode smaller")
+def test_smaller_decoding_is_one_more_candidate(tmp_path):
+    files = []
+    for i, garment in enumerate(sample_garments(66, seed=5)):
+        buffer = io.BytesIO()
+        render_garment(garment, size=256, seed=i).save(buffer, "JPEG", quality=92)
+        files.append(buffer.getvalue())
+    e = CLIPImageEmbedder("tiny-clip", device="cpu")
+    receipt = e.tune(files, images=1500)
+    trial = next(t for t in receipt.trials if t.name == "fp32-least64")
+    assert trial.cosine is not None and trial.cosine < 1
+    e.adopt(replace(receipt, route="fp32", least=64))
+    assert e.fingerprint.startswith("projected-fp32-least64-")
+    [small], [whole] = e.embed_stream(files[:1]), P.plain(e).embed_stream(files[:1])
+    assert small.record.actions != whole.record.actions and small.vector @ whole.vector > .99
