@@ -167,10 +167,12 @@ def test_a_candidate_that_fails_is_refused_and_the_rest_goes_on(pictures, monkey
 
 def test_an_interruption_changes_nothing(pictures, monkeypatch):
     e = CLIPImageEmbedder("tiny-clip", device="cpu")
-    before, fingerprint = e.encode_images_batch(pictures[:3]), e.fingerprint
-    monkeypatch.setattr(P, "ROUTES", {"fp32": P.ROUTES["fp32"], "stop": P.Route(interrupted)})
+    monkeypatch.setattr(P, "ROUTES", {"fp32": P.ROUTES["fp32"], "stop": P.Route(interrupted), "copy": P.Route(lambda e: P.torch_runner(e))})
+    earlier = P.Receipt("copy", None, "because", e.fingerprint, "cpu", 64, None, 1.)
+    e.adopt(earlier)
+    run, fingerprint, before = e._run, e.fingerprint, e.encode_images_batch(pictures[:3])
     with pytest.raises(KeyboardInterrupt): e.tune(pictures)
-    assert e.receipt is None and e._run is None and e.fingerprint == fingerprint
+    assert e.receipt is earlier and e._run is run and e.fingerprint == fingerprint
     assert torch.equal(e.encode_images_batch(pictures[:3]), before)
     assert not [t for t in threading.enumerate() if t.name.startswith("devsky")]
 
