@@ -6,17 +6,16 @@
 __all__ = ['log', 'SIDE', 'COSINE', 'DIFFERENCE', 'SURE', 'COMPANY', 'FAR', 'CROWD', 'QUALITY', 'STATUSES', 'REMEDIES',
            'images_of', 'entry_problem', 'Embeddings', 'id_of', 'error_record', 'sort_entries', 'embed_entries',
            'failure', 'check_share', 'validate_image_embeddings', 'sharpness', 'Measurements', 'near_pairs',
-           'join_pairs', 'duplicate_groups', 'centroid_probabilities', 'reads_labels', 'label_findings', 'robust_z',
+           'duplicate_groups', 'centroid_probabilities', 'reads_labels', 'label_findings', 'robust_z',
            'outlier_findings', 'quality_findings', 'nearest', 'names_clause', 'check_sizes', 'ImageSetContract',
            'shown', 'plain', 'Clause', 'ValidationReport', 'as_image_set', 'note_findings', 'check_template',
            'check_image_set', 'write_report', 'several', 'title_of', 'failure_text']
 
 # %% ../nbs/07_validation.ipynb #3eb05ca4
-import base64, difflib, io, json, logging, os, reprlib
+import difflib, json, logging, os, reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +25,8 @@ from PIL import Image
 from .cache import write_atomically
 from .clip import CLIPImageEmbedder, Embedded
 from .errors import DevSkyyError, ValidationError
-from .images import FORMATS, ImagePolicy, load_image, read_file
+from .images import FORMATS, ImagePolicy, read_file
+from .search import Joined, little_picture, similar_pairs
 
 log = logging.getLogger(__name__)
 
@@ -215,47 +215,24 @@ def near_pairs(vectors: np.ndarray,  # (N, D) float32, length 1 each
                thumbs: np.ndarray,  # (N, P) uint8
                cosine: float = COSINE,
                difference: float = DIFFERENCE,
-               block: int = 2048,  # rows compared at a time
+               joined: Joined | None = None,  # what hangs together already need not be compared
+               block: int = 1024,  # rows compared at a time
                ) -> Iterator[np.ndarray]:  # (K, 2) pairs, the smaller index first
     "Pairs of pictures that look the same to the model and to the eye."
-    def grey_distance(a, b):  # squared and summed
-        a, b = (np.subtract(thumbs[s:s + block], 128, dtype=np.float32) for s in (a, b))
-        return (a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T
     limit = difference ** 2 * thumbs.shape[1]
-    for a in range(0, len(vectors), block):
-        for b in range(a, len(vectors), block):
-            same = vectors[a:a + block] @ vectors[b:b + block].T >= cosine
-            if a == b: same = np.triu(same, 1)
-            if same.any(): same &= grey_distance(a, b) <= limit
-            if same.any(): yield np.argwhere(same) + (a, b)
-
-# %% ../nbs/07_validation.ipynb #d699c3d5
-def join_pairs(n: int,  # number of things
-               blocks: Iterable[np.ndarray],  # (K, 2) pairs each; read once
-               ) -> list[list[int]]:  # groups of two or more, each rising
-    "What hangs together; only one block of pairs is held at a time."
-    first = np.arange(n)  # the smallest member that each one is known to hang together with
-    for pairs in blocks:
-        a, b = np.asarray(pairs).reshape(-1, 2).T
-        while (differ := first[a] != first[b]).any():
-            a, b = a[differ], b[differ]
-            x, y = first[a], first[b]
-            np.minimum.at(first, np.maximum(x, y), np.minimum(x, y))
-            while (first != (shorter := first[first])).any(): first = shorter
-    groups = {}
-    for i in np.flatnonzero(first != np.arange(n)).tolist(): groups.setdefault(int(first[i]), [int(first[i])]).append(i)
-    return [groups[k] for k in sorted(groups)]
+    def same_grey(a, b):
+        a, b = (np.subtract(thumbs[rows], 128, dtype=np.float32) for rows in (a, b))
+        return (a * a).sum(1)[:, None] + (b * b).sum(1) - 2 * a @ b.T <= limit
+    return similar_pairs(vectors, cosine, also=same_grey, joined=joined, block=block)
 
 # %% ../nbs/07_validation.ipynb #03c9bfb9
 def duplicate_groups(found: Embeddings, seen: Measurements) -> list[dict]:  # positions in the set
     "Groups of pictures that repeat one another."
-    index, first, pairs = found.indices, {}, []
-    for row, i in enumerate(index.tolist()):
-        if (twin := first.setdefault(seen.hashes[i], row)) != row: pairs.append((twin, row))
-    rows = np.array(list(first.values()), int)
-    near = (rows[block] for block in near_pairs(found.vectors[rows], seen.thumbs[index[rows]]))
-    groups = []
-    for members in join_pairs(len(index), chain([np.array(pairs, int)], near)):
+    index, first = found.indices, {}
+    twins = [(first.setdefault(seen.hashes[i], row), row) for row, i in enumerate(index.tolist())]
+    joined, groups = Joined(len(index)).add(twins), []
+    for pairs in near_pairs(found.vectors, seen.thumbs[index], joined=joined): joined.add(pairs)
+    for members in joined.groups():
         best = max(members, key=lambda m: (seen.sizes[index[m]].prod(dtype=np.int64), -m))
         exact = len({seen.hashes[index[m]] for m in members}) == 1
         groups.append({"kind": "exact" if exact else "near", "representative": int(index[best]),
@@ -639,11 +616,7 @@ def thumbnail(self: ValidationReport,
     "A small WebP of one picture."
     if self.codes[index] == 2: return ""
     entry = self.images[index]
-    try: image, _ = load_image(entry["image"] if entry.get("path") is None else entry["path"], self.policy)
-    except DevSkyyError: return ""
-    image.thumbnail((size, size), reducing_gap=2.)
-    image.save(buffer := io.BytesIO(), "WEBP", quality=72, method=4)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return little_picture(entry["image"] if entry.get("path") is None else entry["path"], size, self.policy)
 
 
 @patch

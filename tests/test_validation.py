@@ -11,7 +11,7 @@ from devsky_nb.clip import CLIPImageEmbedder
 from devsky_nb.errors import ValidationError
 from devsky_nb.garments import Garment, render_garment, write_catalogue
 from devsky_nb.validation import (COSINE, DIFFERENCE, Embeddings, ImageSetContract, check_image_set, embed_entries,
-                                  join_pairs, near_pairs, plain, shown, validate_image_embeddings)
+                                  near_pairs, plain, shown, validate_image_embeddings)
 
 SCRIPT = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
 
@@ -161,14 +161,6 @@ def test_blockwise_duplicates_equal_brute_force():
     assert len(expected) > 10
     for block in (1, 7, 64, 150, 4096):
         assert sorted(p for part in near_pairs(vectors, thumbs, block=block) for p in part.tolist()) == expected
-
-
-@given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 14)), max_size=20))
-@settings(max_examples=100, deadline=None, derandomize=True)
-def test_groups_are_the_connected_components(pairs):
-    import networkx as nx
-    graph = nx.Graph(p for p in pairs)
-    assert join_pairs(15, pairs) == sorted(sorted(c) for c in nx.connected_components(graph) if len(c) > 1)
 
 
 def saved(image, **options):
@@ -349,16 +341,6 @@ def test_an_error_that_nobody_foresaw_is_a_record_and_the_others_go_on(tiny, mon
     [wide] = report.results["errors"]
     assert wide["unexpected"] and "a mistake of ours" in wide["error"] and wide["image_id"] == "wide"
     json.dumps(report.to_dict())
-
-
-def test_many_look_alikes_are_joined_without_holding_every_pair():
-    n = 1500
-    pairs = (np.stack([np.full(n - i - 1, i), np.arange(i + 1, n)], 1) for i in range(n - 1))
-    tracemalloc.start()
-    groups = join_pairs(n, pairs)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert groups == [list(range(n))] and peak < 20e6
 
 
 def test_labels_that_are_names_of_pictures_are_not_judged(tiny):

@@ -1,0 +1,288 @@
+"Search beyond its lesson: every answer equals brute force, whatever the data, the block and the place; what is wrong is said."
+import os, subprocess, sys, tracemalloc
+
+import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
+from hypothesis import given, settings, strategies as st
+
+from devsky_nb.bulk import embed_images
+from devsky_nb.clip import CLIPImageEmbedder
+from devsky_nb.errors import ValidationError
+from devsky_nb.garments import Garment, render_garment
+from devsky_nb.search import (Clusters, FolderIndex, Joined, VectorIndex, check_vectors, cosines, main_axes, margin, shadow_width, shadows, similar_pairs)
+
+
+def unit(x, dtype=np.float32):
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype)
+
+
+def some_vectors(rng, n, dim, kind):
+    if kind == "random": return unit(rng.normal(size=(n, dim)))
+    centres = rng.normal(size=(max(1, n // 20), dim))
+    x = unit(centres[rng.integers(0, len(centres), n)] + rng.normal(size=(n, 1)) ** 2 * .2 * rng.normal(size=(n, dim)))
+    if kind == "copies": x[rng.integers(0, n, n // 2)] = x[rng.integers(0, n, n // 2)]
+    if kind == "cone": x = unit(x + 9 * np.eye(dim)[0])
+    if kind == "line": x = unit(np.stack([np.cos(t := np.linspace(0, 3, n)), np.sin(t), *np.zeros((dim - 2, n))], 1))
+    return x
+
+
+KINDS = ("random", "clustered", "copies", "cone", "line")
+
+
+def true_cosines(x, y):
+    return np.stack([cosines(q, y) for q in x]) if len(x) else np.zeros((0, len(y)), np.float32)
+
+
+def true_pairs(x, t):
+    return np.argwhere(np.triu(true_cosines(x, x) >= np.float32(t), 1)).tolist() if len(x) else []
+
+
+def found_pairs(x, t, **kw):
+    return sorted(p for part in similar_pairs(x, t, **kw) for p in part.tolist())
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.integers(1, 150), st.integers(2, 40), st.sampled_from(KINDS), st.integers(1, 30), st.integers(1, 200), st.booleans())
+def test_neighbours_equal_brute_force_whatever_the_block(seed, n, dim, kind, k, block, half):
+    rng = np.random.default_rng(seed)
+    x = some_vectors(rng, n, dim, kind)
+    if half: x = x.astype(np.float16)
+    asked = unit(np.concatenate([rng.normal(size=(3, dim)), x[:2].astype(np.float32)]))
+    found, scores = VectorIndex(x).search(asked, k, block=block), true_cosines(asked, x.astype(np.float32))
+    order = np.lexsort((np.broadcast_to(np.arange(n), scores.shape), -scores))[:, :k]
+    assert found.rows.tolist() == order.tolist() and found.ids.tolist() == order.tolist()
+    assert found.scores.tobytes() == np.take_along_axis(scores, order, 1).tobytes()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.integers(0, 150), st.integers(2, 40), st.sampled_from(KINDS), st.sampled_from([-1, 0, .5, .9, .97, .999, 1]), st.sampled_from([4, 64, 1024]))
+def test_pairs_equal_brute_force(seed, n, dim, kind, t, block):
+    x = some_vectors(np.random.default_rng(seed), max(n, 1), dim, kind)[:n]
+    pairs = true_pairs(x, t)
+    assert found_pairs(x, t, block=block) == pairs
+    joined = Joined(n)
+    for part in similar_pairs(x, t, joined=joined, block=block): joined.add(part)
+    assert joined.groups() == Joined(n).add(pairs).groups()
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(st.integers(0, 2**32), st.sampled_from(KINDS), st.sampled_from([.5, .9, .97]), st.integers(1, 30), st.integers(5, 80))
+def test_clusters_of_shadows_let_every_pair_through(seed, kind, t, m, size):
+    x = some_vectors(np.random.default_rng(seed), 400, 32, kind)
+    z = shadows(x, main_axes(x)[:, :m])
+    clusters = Clusters(z, t - margin(32), size)
+    met = np.zeros((400, 400), bool)
+    for i, j in clusters.close().tolist():
+        for za, zb, a, b, diagonal in clusters.blocks(i, j, 16):
+            assert (z[a] == za).all() and (z[b] == zb).all()
+            inside = np.ones((len(a), len(b)), bool) if diagonal is None else np.triu(np.ones((len(a), len(b)), bool), 1 + diagonal)
+            assert not (met[np.ix_(a, b)] & inside).any(), "a pair is met twice"
+            met[np.ix_(a, b)] |= inside
+    full = true_cosines(x, x)
+    assert (z @ z.T >= full - 1e-5).all()
+    assert not (np.triu(full >= np.float32(t), 1) & ~(met | met.T)).any()
+
+
+@pytest.mark.parametrize("kind, dtype", [("random", np.float32), ("clustered", np.float16), ("copies", np.float32), ("cone", np.float16)])
+def test_pairs_of_a_set_that_is_large_enough_for_shadows(kind, dtype):
+    x = some_vectors(np.random.default_rng(1), 5000, 96, kind).astype(dtype)
+    assert kind == "clustered" or shadow_width(x, main_axes(x), .97) < 96
+    full = unit(x.astype(np.float64), np.float64)
+    full = full @ full.T
+    np.fill_diagonal(full, 0)
+    at = np.float32(np.sort(full[:500][full[:500] < .9999999])[-40])  # the threshold is the cosine of a pair
+    assert found_pairs(x, at) == np.argwhere(np.triu(full.astype(np.float32) >= at, 1)).tolist()
+
+
+def test_a_pair_at_the_threshold_is_decided_by_the_kernel_alone():
+    x = some_vectors(np.random.default_rng(2), 300, 64, "clustered")
+    for at in np.unique(true_cosines(x, x)[np.triu_indices(300, 1)])[-40:]:
+        assert found_pairs(x, float(at)) == true_pairs(x, at)
+        above = np.nextafter(at, np.float32(2))
+        if above <= 1: assert found_pairs(x, float(above)) == true_pairs(x, above)
+
+
+def test_a_hundred_thousand_copies_are_one_group_without_five_billion_pairs():
+    rng = np.random.default_rng(3)
+    x = np.repeat(unit(rng.normal(size=(1, 64))), 100_000, 0)
+    x[5::20_000] = unit(rng.normal(size=(5, 64)))
+    joined, seen = Joined(len(x)), 0
+    for pairs in similar_pairs(x, .97, joined=joined):
+        joined.add(pairs)
+        seen += len(pairs)
+    assert [len(g) for g in joined.groups()] == [99_995] and seen < 20 * len(x)
+    near = unit(x[:20_000] + .01 * rng.normal(size=(20_000, 64)))
+    assert max(map(len, VectorIndex(near).look_alikes(.97).groups)) >= 19_990
+
+
+def test_neighbours_among_copies_are_the_first_of_them():
+    x = np.repeat(unit(np.random.default_rng(4).normal(size=(3, 16))), 5000, 0)
+    assert VectorIndex(x).search(x[[0, 14_999]], 4, block=333).rows.tolist() == [[0, 1, 2, 3], [10_000, 10_001, 10_002, 10_003]]
+
+
+def test_rising_scores_do_not_make_every_row_a_proposal():
+    t = np.linspace(1.5, .1, 20_000)
+    x = np.stack([np.cos(t), np.sin(t)], 1).astype(np.float32)
+    assert VectorIndex(x).search(np.array([1, 0], np.float32), 3).rows.tolist() == [[19_999, 19_998, 19_997]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 14)), max_size=20), st.integers(1, 5))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_groups_are_the_connected_components(pairs, step):
+    import networkx as nx
+    joined = Joined(15)
+    for s in range(0, len(pairs), step): joined.add(pairs[s:s + step])
+    assert joined.groups() == sorted(sorted(c) for c in nx.connected_components(nx.Graph(pairs)) if len(c) > 1)
+
+
+@pytest.mark.parametrize("bad", [0., np.nan, np.inf, 1.01, 1e30])
+def test_rows_that_are_no_unit_vectors_are_named(bad):
+    x = some_vectors(np.random.default_rng(5), 5000, 8, "random")
+    x[[17, 4999]] *= np.float32(bad)
+    for call in (lambda: VectorIndex(x), lambda: similar_pairs(x), lambda: VectorIndex(x[:17]).search(x[15:19])):
+        with pytest.raises(ValidationError, match="not of length 1: (17, 4999|2)") as caught: call()
+        assert caught.value.details["rows"] in ([17, 4999], [2])
+
+
+@pytest.mark.parametrize("x", [np.zeros(3, np.float32), np.zeros((2, 2, 2), np.float32), np.eye(3), np.eye(3, dtype=int), np.zeros((3, 0), np.float32),
+                               np.array([["a"]]), np.empty((0, 3))])
+def test_what_is_no_array_of_vectors_is_refused(x):
+    with pytest.raises(ValidationError, match="float32 or float16"): check_vectors(x)
+
+
+def test_nothing_and_one_have_answers():
+    none, one = np.zeros((0, 4), np.float32), np.eye(1, 4, dtype=np.float32)
+    assert VectorIndex(none).search(one).rows.shape == (1, 0) and VectorIndex(one).search(none).rows.shape == (0, 1)
+    assert VectorIndex(one).search(one, 5).rows.tolist() == [[0]]
+    for x in (none, one): assert VectorIndex(x).look_alikes().groups == [] and not list(similar_pairs(x))
+    assert repr(VectorIndex(none).look_alikes()) and VectorIndex(none).search(one)._repr_html_()
+
+
+@pytest.mark.parametrize("call, says", [
+    (lambda i: i.search(), "one of queries, images or texts"), (lambda i: i.search(np.eye(3), texts=["a"]), "one of queries, images or texts"),
+    (lambda i: i.search(np.eye(4)), "queries have 4 numbers and the vectors 3"), (lambda i: i.search("a dress"), "queries"), (lambda i: i.search(np.eye(3), k=True), "k=True"),
+    (lambda i: i.search(np.eye(3), k=1.5), "k=1.5"), (lambda i: i.search(np.eye(3), block=0), "block=0"), (lambda i: i.look_alikes("0.9"), "from -1 to 1"),
+    (lambda i: i.look_alikes(1.5), "from -1 to 1"), (lambda i: i.look_alikes(None), "from -1 to 1"), (lambda i: similar_pairs(i.vectors, block=0), "block=0"),
+    (lambda i: VectorIndex(i.vectors, paths=["a"]), "3 vectors and 1 paths")])
+def test_a_wrong_call_is_a_typed_error(call, says):
+    with pytest.raises(ValidationError, match=says): call(VectorIndex(np.eye(3, dtype=np.float32)))
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return CLIPImageEmbedder("tiny-clip", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def output(tmp_path_factory, tiny):
+    root = tmp_path_factory.mktemp("search")
+    (root / "pictures").mkdir()
+    for i, kind in enumerate(["dress", "coat", "hat", "bag"] * 3):
+        render_garment(Garment(kind, "red", "plain"), size=72, seed=i).save(root / "pictures" / f"{i:02}.png")
+    (root / "pictures" / "03.png").write_bytes((root / "pictures" / "07.png").read_bytes())
+    (root / "pictures" / "05.png").write_bytes(b"no picture")
+    embed_images(root / "pictures", root / "vectors", tiny, shard_rows=5)
+    (root / "vectors" / ".part-00009.parquet.unfinished").write_bytes(b"torn")
+    return root
+
+
+def test_an_output_folder_is_searched_by_picture_and_by_text(output, tiny):
+    index = FolderIndex(output / "vectors")
+    assert (len(index), index.dim, index.fingerprint) == (10, tiny.dim, tiny.fingerprint)
+    found = index.search(images=[output / "pictures" / "04.png"], k=3, embedder=tiny)
+    assert found.ids[0, 0] == "04.png" and found.paths[0, 0] == str(output / "pictures" / "04.png") and found.scores[0, 0] > .9999
+    names = index.search(texts=["a red hat"], k=3, embedder=tiny).ids[0]
+    assert sorted(names) == ["02.png", "06.png", "10.png"]
+    assert found._repr_html_().count("<img") == 3
+
+
+def test_a_folder_answers_as_memory_does(output):
+    index = FolderIndex(output / "vectors")
+    loaded = index.load()
+    for block in (1, 3, 4096):
+        a, b = index.search(loaded.vectors, 4, block=block), loaded.search(loaded.vectors, 4)
+        assert all(getattr(a, n).tolist() == getattr(b, n).tolist() for n in ("rows", "scores", "ids", "paths"))
+    assert index.look_alikes(.9).ids == loaded.look_alikes(.9).ids != []
+    assert index.look_alikes(.9)._repr_html_().count("<img") == sum(map(len, index.look_alikes(.9).ids))
+
+
+def write(path, x, mark="made-by-a", type=pa.float32(), **columns):
+    data = {"id": [f"{path.stem}-{i}" for i in range(len(x))], "path": [None] * len(x), "status": ["embedded"] * len(x), **columns}
+    schema = {k: pa.string() for k in data}
+    values = pa.FixedSizeListArray.from_arrays(pa.array(np.asarray(x, type.to_pandas_dtype()).ravel(), type), x.shape[1])
+    table = pa.table([pa.array(v, schema[k]) for k, v in data.items()] + [values], [*data, "embedding"])
+    pq.write_table(table.replace_schema_metadata({"devsky_nb.fingerprint": mark} if mark else {}), path, row_group_size=37, compression="zstd")
+
+
+def test_float16_shards_with_many_row_groups_and_none(tmp_path):
+    x = some_vectors(np.random.default_rng(6), 200, 16, "clustered").astype(np.float16)
+    write(tmp_path / "a.parquet", x[:100], type=pa.float16())
+    write(tmp_path / "b.parquet", x[:0], type=pa.float16())
+    write(tmp_path / "c.parquet", x[100:150], type=pa.float16(), status=["error"] * 50)
+    write(tmp_path / "d.parquet", x[100:], type=pa.float16())
+    index, asked = FolderIndex(tmp_path), x[::7].astype(np.float32)
+    a, b = index.search(unit(asked), 9, block=10), VectorIndex(x).search(unit(asked), 9)
+    assert a.rows.tolist() == b.rows.tolist() and a.scores.tobytes() == b.scores.tobytes()
+    assert a.ids[0, 0] == "a-0" and index.names(np.array([[199, 100]]))[0].tolist() == [["d-99", "d-0"]]
+    assert index.load().vectors.dtype == np.float16
+
+
+def test_vectors_that_do_not_belong_together_are_refused(tmp_path, tiny):
+    write(tmp_path / "a.parquet", np.eye(4, tiny.dim))
+    with pytest.raises(ValidationError, match="made by made-by-a and the embedder is projected"): FolderIndex(tmp_path).search(texts=["a hat"], embedder=tiny)
+    for x, mark in ((np.eye(4, tiny.dim), "made-by-b"), (np.eye(4), "made-by-a")):
+        write(tmp_path / "b.parquet", x, mark)
+        with pytest.raises(ValidationError, match="two models in two folders"): FolderIndex(tmp_path)
+
+
+def test_files_that_are_no_output_are_named(tmp_path):
+    with pytest.raises(ValidationError, match="no Parquet files"): FolderIndex(tmp_path / "none")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"id": ["a"]}), path)
+    with pytest.raises(ValidationError, match="no output of embed_images"): FolderIndex(tmp_path)
+    write(path, np.eye(4), mark="")
+    with pytest.raises(ValidationError, match="no output of embed_images"): FolderIndex(tmp_path)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(ValidationError, match="cannot read .*a.parquet"): FolderIndex(tmp_path)
+
+
+def test_a_folder_that_changes_under_the_search_is_noticed(tmp_path):
+    write(tmp_path / "a.parquet", np.eye(50))
+    index = FolderIndex(tmp_path)
+    write(tmp_path / "a.parquet", np.eye(50)[:49])
+    with pytest.raises(ValidationError, match="changed while it was read|cannot read"): index.search(np.eye(50)[:1])
+    os.unlink(tmp_path / "a.parquet")
+    with pytest.raises(ValidationError, match="cannot read"): index.search(np.eye(50)[:1])
+    bad = np.eye(50)
+    bad[41] = 0
+    write(tmp_path / "a.parquet", bad)
+    with pytest.raises(ValidationError, match="a.parquet: 1 of .* 41"): FolderIndex(tmp_path).search(np.eye(50)[:1])
+
+
+def test_the_search_of_a_folder_holds_a_block_and_not_the_folder(tmp_path):
+    x = some_vectors(np.random.default_rng(7), 8000, 128, "random")  # 4 MB
+    for i in range(4): write(tmp_path / f"{i}.parquet", x[i * 2000:(i + 1) * 2000])
+    index = FolderIndex(tmp_path)
+    before = pa.total_allocated_bytes()
+    tracemalloc.start()
+    for part in index.blocks(256): assert part.nbytes <= 256 * 512 and pa.total_allocated_bytes() - before < 2e6
+    index.search(x[:10], block=256)
+    assert tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
+
+
+def test_a_memory_map_is_searched_without_being_read_whole(tmp_path):
+    x = some_vectors(np.random.default_rng(8), 5000, 32, "copies")
+    np.save(tmp_path / "x.npy", x)
+    mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
+    assert isinstance(VectorIndex(mapped).vectors, np.memmap)
+    assert found_pairs(mapped, .97) == found_pairs(x, .97) != []
+
+
+def test_answers_do_not_depend_on_threads():
+    code = ("import numpy as np, hashlib; from devsky_nb.search import VectorIndex, similar_pairs; rng = np.random.default_rng(9); x = rng.normal(size=(6000, 64)).astype('f4');"
+            "x[3000:] = x[:3000] + .2 * x[:3000][::-1]; x /= np.linalg.norm(x, axis=1, keepdims=True); f = VectorIndex(x).search(x[:50], 7);"
+            "p = sorted(tuple(r) for b in similar_pairs(x, .98) for r in b.tolist());"
+            "print(len(p), hashlib.sha256(f.rows.tobytes() + f.scores.tobytes() + repr(p).encode()).hexdigest())")
+    answers = {subprocess.run([sys.executable, "-c", code], env={**os.environ, "OMP_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n}, capture_output=True, text=True,
+                              check=True).stdout for n in "12"}
+    assert len(answers) == 1 and int(answers.pop().split()[0]) > 100
