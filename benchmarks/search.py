@@ -208,9 +208,9 @@ def table(result: dict) -> str:
         for kind, c in r["near-copies"].items():
             grow = (int(n) / c["n"]) ** 2
             note = f", from {c['n']:,}" if grow > 1 else ""
-            lines.append(f"| {int(n):,} {kind}{note} | {c['pairs'] if grow == 1 else '–'} | {grow * c['seconds']:,.0f} ({grow * c['cpu']:,.0f}) | {c['compared']:.1%} | {grow * c['brute']:,.0f} "
+            lines.append(f"| {int(n):,} {kind}{note} | {format(c['pairs'], ',') if grow == 1 else '–'} | {grow * c['seconds']:,.0f} ({grow * c['cpu']:,.0f}) | {c['compared']:.1%} | {grow * c['brute']:,.0f} "
                          f"| {grow * c['faiss']:,.0f} | **{c['brute'] / c['cpu']:.1f}** | {c['rss'] / 1e6:,.0f} | {'yes' if c['checked'] else 'NO'} |")
-    return "\n".join(lines) + "\n\nMethod: see the head of `search.py`. Run it again with `OMP_NUM_THREADS=1 python benchmarks/search.py --sizes 100000 1000000 --random 200000 --rounds 1`.\n"
+    return "\n".join(lines) + "\n\nMethod: see the head of `search.py`. Run it again with `OMP_NUM_THREADS=1 python benchmarks/search.py --sizes 100000 1000000 --random 100000 --rounds 1`.\n"
 
 
 if __name__ == "__main__":

@@ -232,8 +232,8 @@ def test_float16_shards_with_many_row_groups_and_none(tmp_path):
 def test_vectors_that_do_not_belong_together_are_refused(tmp_path, tiny):
     write(tmp_path / "a.parquet", np.eye(4, tiny.dim))
     with pytest.raises(ValidationError, match="made by made-by-a and the embedder is projected"): FolderIndex(tmp_path).search(texts=["a hat"], embedder=tiny)
-    for x, mark in ((np.eye(4, tiny.dim), "made-by-b"), (np.eye(4), "made-by-a")):
-        write(tmp_path / "b.parquet", x, mark)
+    for x, mark, type in ((np.eye(4, tiny.dim), "made-by-b", pa.float32()), (np.eye(4), "made-by-a", pa.float32()), (np.eye(4, tiny.dim), "made-by-a", pa.float16())):
+        write(tmp_path / "b.parquet", x, mark, type)
         with pytest.raises(ValidationError, match="two models in two folders"): FolderIndex(tmp_path)
 
 
@@ -246,6 +246,16 @@ def test_files_that_are_no_output_are_named(tmp_path):
     with pytest.raises(ValidationError, match="no output of embed_images"): FolderIndex(tmp_path)
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(ValidationError, match="cannot read .*a.parquet"): FolderIndex(tmp_path)
+
+
+def test_damage_inside_a_file_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    write(path, some_vectors(np.random.default_rng(11), 200, 64, "random"))
+    data = bytearray(path.read_bytes())
+    index = FolderIndex(tmp_path)
+    for s in range(3000, len(data) - 4000, 40): data[s] ^= 255
+    path.write_bytes(data)
+    with pytest.raises(ValidationError, match="a.parquet"): index.search(np.eye(1, 64))
 
 
 def test_a_folder_that_changes_under_the_search_is_noticed(tmp_path):
