@@ -43,16 +43,25 @@ def make_embedder(args: argparse.Namespace, **kwargs) -> "CLIPImageEmbedder":
 
 # %% ../nbs/15_cli.ipynb #b94db28b
 def embed(args: argparse.Namespace) -> int:
-    "Embed a folder of images into Parquet."
+    "Embed images into Parquet; run again to resume, or to follow a source that changed."
     from devsky_nb.bulk import embed_images
+    from devsky_nb.sources import open_source
+    source = open_source(args.source, args.column, args.id_column)
     embedder = make_embedder(args, output=args.output, precision=args.precision)
-    report = embed_images(args.source, args.out, embedder, batch_size=args.batch_size, progress=not args.quiet)
+    report = embed_images(source, args.out, embedder, resume=not args.anew, engine=args.engine, batch_size=args.batch_size, shard_rows=args.shard_rows,
+                          dtype=args.dtype, progress=not args.quiet)
     emit(report, args.json)
     return 0 if report.embedded else 1
 
 def embed_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="DIR", help="folder of images, searched to the bottom")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the Parquet files")
+    parser.add_argument("source", metavar="SOURCE", help="folder of images, Parquet files or tar shards; one such file; or a pattern such as 'shards/{000..099}.tar'")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the Parquet files; what an earlier run left there is used again")
+    parser.add_argument("--anew", action="store_true", help="use nothing of an earlier run, and replace it")
+    parser.add_argument("--engine", default="local", help="local or ray (default: %(default)s)")
+    parser.add_argument("--shard-rows", type=int, default=10_000, metavar="N", help="rows per file (default: %(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of the vectors: float32 or float16 (default: %(default)s)")
+    parser.add_argument("--column", metavar="NAME", help="of a Parquet source: where the images are (default: found)")
+    parser.add_argument("--id-column", metavar="NAME", help="of a Parquet source: unique ids (default: file and row)")
     parser.add_argument("--output", default="projected", help="projected, pooled or cls (default: %(default)s)")
     parser.add_argument("--precision", default="auto", help="auto (exact fp32), fp32, bf16, fp16 (default: %(default)s)")
     add_model_options(parser)
@@ -60,7 +69,7 @@ def embed_options(parser: argparse.ArgumentParser) -> None:
 # %% ../nbs/15_cli.ipynb #a4d3b431
 def read_image_set(source: Path, labels_from_folders: bool = False) -> dict:  # as `validate_image_embeddings` takes it
     "The image set that a folder or a JSON file describes."
-    from devsky_nb.bulk import find_images
+    from devsky_nb.sources import find_images
     if source.is_dir() or not source.exists():
         return {"images": [{"id": p.relative_to(source).as_posix(), "path": str(p)} | ({"label": p.parent.name} if labels_from_folders else {})
                            for p in find_images(source)], "metadata": {"source": str(source)}}
@@ -254,7 +263,7 @@ def main(argv: list[str] | None = None) -> int:  # the exit status
             return run(args)
     except DevSkyyError as e: return fail(e, args.json)
     except KeyboardInterrupt:
-        print("devsky: interrupted; what was written so far is complete", file=sys.stderr)
+        print("devsky: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     except BrokenPipeError:
         sys.stderr.close()

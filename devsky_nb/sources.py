@@ -228,8 +228,8 @@ class Rows:
         id, shown = f"{self.prefix}/{number}" if id is None else id, None
         if isinstance(value, dict): value, shown = (value["bytes"], value.get("path")) if value.get("bytes") is not None else (value.get("path"), None)
         if isinstance(value, bytes): return Item(id, data=value, shown=shown or f"{printable(self.file)}/{number}")
-        if value is None: return Item(id, problem=("missing", "no image in this row"), shown=f"{printable(self.file)}/{number}")
-        return Item(id, os.path.join(os.path.dirname(self.file), value))
+        if isinstance(value, str): return Item(id, os.path.join(os.path.dirname(self.file), value))
+        return Item(id, problem=("missing", "no image in this row"), shown=f"{printable(self.file)}/{number}")
 
 # %% ../nbs/07b_sources.ipynb #c589c473
 def parquet_rows(file: str,
@@ -252,6 +252,7 @@ def parquet_rows(file: str,
             at += len(batch)
             yield from keep.to_pylist()
 
+# %% ../nbs/07b_sources.ipynb #1a3f842c
 @patch
 def items(self: Rows) -> Iterator[Item]:
     "The inputs in this stretch: as many as it is long, whatever became of the file."
@@ -259,7 +260,8 @@ def items(self: Rows) -> Iterator[Item]:
     number, problem = self.start, "it ends before this row"
     try:
         for row in parquet_rows(self.file, self.start, self.stop, [self.column] + ([self.id_column] if self.id_column else [])):
-            yield self.item(number, row[self.column], str(row[self.id_column]) if self.id_column else None)
+            id = row[self.id_column] if self.id_column else None
+            yield self.item(number, row[self.column], None if id is None else str(id))
             number += 1
     except (OSError, pa.ArrowException) as e: problem = str(e)
     for n in range(number, self.stop): yield Item(f"{self.prefix}/{n}", problem=("broken-parquet", f"this row cannot be read: {problem}"), shown=f"{printable(self.file)}/{n}")
@@ -296,7 +298,7 @@ def folder_source(folder: str | Path) -> Source:
         folders[:] = sorted(f for f in folders if f[0] != ".")
         kinds = {KINDS[s] for f in files if f[0] != "." and (s := os.path.splitext(f)[1].lower()) in KINDS}
         if len(kinds) == 1: return kinds.pop()(folder)
-        if kinds: raise ValidationError(f"{parent!r} holds files for {', '.join(sorted(k.__name__ for k in kinds))}: say which you mean, such as ImageFolder({str(folder)!r})",
+        if kinds: raise ValidationError(f"{parent!r} holds files for {', '.join(sorted(k.__name__ for k in kinds))}: say which you mean with ImageFolder, ParquetImages or TarShards, or with a pattern such as '*.jpg'",
                                         details={"folder": parent, "kinds": sorted(k.__name__ for k in kinds)})
     return ImageFolder(folder)
 
@@ -347,6 +349,7 @@ class Slice:
             if isinstance(p, Item): yield p.id
             elif p.id_column: yield from (item.id for item in replace(p, column=p.id_column).items())
 
+# %% ../nbs/07b_sources.ipynb #466bc849
 def slices(source: Source,
            rows: int = 10_000,  # inputs per slice
            ) -> Iterator[Slice]:  # at least one; all but the last are full

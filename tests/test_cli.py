@@ -47,11 +47,29 @@ def test_photographs_are_validated_and_embedded(photographs, model, request, tmp
     assert (report["total_images"], report["successful"], report["failed"]) == (8, 8, 0)
     assert json.loads((tmp_path / "r.json").read_text())["successful"] == 8
     assert "astronaut" in (tmp_path / "r.html").read_text()
-    done = devsky("embed", photographs, "--out", tmp_path / "vectors", "--model", name, "--json", "--quiet")
+    done = devsky("embed", photographs, "--out", tmp_path / "vectors", "--model", name, "--precision", "fp32", "--json", "--quiet")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     rows = pq.read_table(tmp_path / "vectors").to_pylist()
     assert [r["id"] for r in rows] == sorted(p.name for p in photographs.iterdir())
     assert all(abs(np.linalg.norm(r["embedding"]) - 1) < 1e-5 for r in rows)
+
+
+def test_parquet_and_tars_are_embedded_updated_and_made_anew(photographs, tmp_path):
+    import tarfile
+    import pyarrow as pa
+    files = sorted(photographs.glob("c*.png"))
+    pq.write_table(pa.table({"sku": [p.stem for p in files], "front": [p.read_bytes() for p in files], "back": [b""] * len(files)}), tmp_path / "shop.parquet")
+    with tarfile.open(tmp_path / "shop.tar", "w") as t: [t.add(p, p.name) for p in files]
+    embed = lambda source, *more: devsky("embed", source, "--out", tmp_path / "v", "--model", "tiny-clip", "--precision", "fp32", "--json", "--quiet", *more)
+    done = embed(tmp_path / "shop.parquet")
+    assert done.returncode == 2 and "front (binary), back (binary)" in done.stderr
+    assert embed(tmp_path / "shop.parquet", "--column", "front", "--id-column", "sku", "--shard-rows", "2").returncode == 0
+    assert pq.read_table(tmp_path / "v")["id"].to_pylist() == ["camera", "chelsea", "coffee"] and len(list((tmp_path / "v").glob("*.parquet"))) == 2
+    assert json.loads(embed(f"{tmp_path}/shop{{,}}.tar").stdout)["error"]["error_type"] == "ValidationError"
+    assert json.loads(embed(tmp_path / "shop.tar").stdout)["reused"] == 3
+    assert "resume=False" in embed(tmp_path / "shop.tar", "--dtype", "float16").stderr
+    report = json.loads(embed(tmp_path / "shop.tar", "--dtype", "float16", "--anew").stdout)
+    assert (report["embedded"], report["reused"]) == (3, 0)
 
 
 def test_the_default_model_offline_names_both_ways_out(photographs, tmp_path):
@@ -85,6 +103,8 @@ def test_demo_writes_its_reports_and_names_every_broken_file(tmp_path):
     (["embed", ".", "--out", "x", "--model", "tiny-clip", "--batch-size", "0"], "batch_size"),
     (["embed", ".", "--out", "x", "--model", "tiny-clip", "--device", "tpu"], "no device 'tpu'"),
     (["embed", ".", "--out", "x", "--model", "tiny-clip", "--precision", "int3"], "expected one of auto"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--engine", "spark"], "expected one of local, ray"),
+    (["embed", "nbs/index.ipynb", "--out", "x", "--model", "tiny-clip"], "is no image, no Parquet file and no tar"),
     (["validate", "no-such-folder", "--model", "tiny-clip"], "no-such-folder"),
     (["validate", "settings.ini", "--model", "tiny-clip"], "neither a folder nor an image set"),
     (["validate", "nbs", "--model", "tiny-clip", "--contract", "no-such.yaml"], "no-such.yaml"),
@@ -136,8 +156,8 @@ def test_ctrl_c_ends_at_once_with_130(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(folder / "000.png")
-    for i in range(1, 3000): os.link(folder / "000.png", folder / f"{i:05}.png")
-    process = subprocess.Popen([*DEVSKY, "embed", folder, "--out", tmp_path / "v", "--model", "tiny-clip", "--batch-size", "1"],
+    for i in range(1, 3000): (folder / f"{i:05}.png").write_bytes((folder / "000.png").read_bytes() + b"%d" % i)
+    process = subprocess.Popen([*DEVSKY, "embed", folder, "--out", tmp_path / "v", "--model", "tiny-clip", "--precision", "fp32", "--batch-size", "1"],
                                stderr=subprocess.PIPE, text=True)
     while not (line := process.stderr.read(1)): time.sleep(0.01)
     time.sleep(1)
