@@ -8,6 +8,7 @@ and batches of 32, and return normalised vectors. Each side lives in a process o
 waits for its turn without work: A B C … A B C …, after a warm-up. Ratios are taken round by round; what is shown is their median, as of everything else.
 "Model only" is the side's own model call on pixels that it prepared before. Memory is what a process held at most: until it was ready and warm, and while
 it embedded. The cosine is the smallest of a side's vectors to plain transformers in fp32. The limits are the best of several kernels at the model's shapes.
+"Auto" tries its routes on these very files before it is warm; what the trial took and chose is told, and is no part of the speeds.
 Peers run in the environment of --peers-python (peers.txt), without it in this one; a side that cannot run says why. Nothing is downloaded.
 The result goes to embedding.json, embedding.md and embedding.png.
 """
@@ -20,6 +21,7 @@ import psutil
 from sides import BATCH, HELPERS, SIDES
 
 HERE = Path(__file__).parent
+SET_BY_OTHERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")  # taken from the sides' environment: they shall decide
 CORES = os.cpu_count()
 median = statistics.median
 
@@ -51,7 +53,7 @@ class Worker:
         work.mkdir(parents=True)
 
     def run(self, verb: str, **pipes) -> subprocess.Popen:
-        env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        env = {k: v for k, v in os.environ.items() if k not in SET_BY_OTHERS}
         if self.python != sys.executable: env.pop("PYTHONPATH", None)
         return subprocess.Popen([self.python, HERE / "sides.py", verb, self.name, self.model, self.work], stderr=self.log.open("a"), text=True,
                                 env=env | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}, **pipes)
@@ -60,11 +62,10 @@ class Worker:
         if self.run("prepare", stdout=subprocess.DEVNULL).wait(): raise SideFailed(self.last_words())
 
     def start(self):
-        self.began, self.process = time.perf_counter(), self.run("serve", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self.process = self.run("serve", stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def ready(self):
         self.about = self.read()
-        self.about["seconds_to_start"] = round(time.perf_counter() - self.began, 1)
         self.cpu, self.since = self.about.pop("cpu"), time.perf_counter()
 
     def last_words(self) -> str:
@@ -175,7 +176,7 @@ def measure(model: Path, work: Path, args) -> dict:
         print(size, file=sys.stderr)
         def warm(w):
             reply = w.do("setup", paths=paths)
-            if reply["setup"]: result[w.name]["setup"][size] = {"seconds": reply["seconds"], **reply["setup"]}
+            if reply["setup"]: result[w.name]["setup"][size] = {"seconds": reply["seconds"], "receipt": reply["setup"]}
             w.do("files", paths=paths, save=str(vectors := w.work / "vectors.npy"))
             result[w.name]["min_cosine"][size] = cosines(np.load(vectors), truth[size][w.about["vectors_are"]])
             result[w.name]["peak"].setdefault("until_warm", w.do("peak")["peak"])
@@ -234,7 +235,7 @@ def summary(raw: dict, n: int) -> dict:
             sides[name][label] = {size: spread([a["seconds"] / b["seconds"] for a, b in zip(whole[other]["end_to_end"][size], whole[name]["end_to_end"][size])])
                                   for size, other in others.items()}
     others = [r["others"] for side in whole.values() for replies in side["end_to_end"].values() for r in replies]
-    return {"sizes": raw["sizes"], "sides": sides, "not_run": raw["failed"], "best_peer": best_peer,
+    return {"sizes": raw["sizes"], "sides": sides, "no_result": raw["failed"], "best_peer": best_peer,
             "limits": {kind: {**spread([x["images_per_second"] for x in found], 1), "shapes": found[-1]["shapes"]} for kind, found in limit.items() if found},
             "limits_left_out": raw["machine"]["left_out"], "other_programs_cores": spread(others) if others else None,
             "idle_sides_cores": max((s["idle_cores"] for s in sides.values()), default=None)}
@@ -248,14 +249,14 @@ def share(x: float) -> str: return f"{100 * x:.0f}%"
 def table(r: dict) -> str:
     "The result as a page."
     s, sizes = r["sides"], list(r["sizes"])
-    page = ["# Embedding JPEG files with a ViT-B/32", "", f"{r['machine']}; {r['date']}. {r['images']} files of each size, batches of {BATCH}, {r['rounds']} rounds. "
+    page = ["# Embedding JPEG files with a ViT-B/32", "", f"{r['machine']}; {r['date']}. Weights: {r['weights']}. {r['images']} files of each size, batches of {BATCH}, {r['rounds']} rounds. "
             "Images per second, median (lowest–highest of the rounds); × is against the side in the heading, round by round.", ""]
     head = [c for size in sizes for c in (size, "× document", f"× {r['best_peer'].get(size, 'best peer')}")]
     page += ["## End to end, from files", "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
     for name, side in s.items():
         cells = [c for size in sizes for c in (number(side["images_per_second"][size]), times(side["ratio_to_document"].get(size)), times(side["ratio_to_best_peer"].get(size)))]
         page.append(f"| {name} | " + " | ".join(cells) + " |")
-    page += [f"| {name} | not run: {why} |" + " |" * (len(head) - 1) for name, why in r["not_run"].items()]
+    page += [f"| {name} | no result: {why} |" + " |" * (len(head) - 1) for name, why in r["no_result"].items()]
     page += ["", "![Images per second of every side](embedding.png)", "", "## Model, processor time, memory, vectors", "",
              "| | model only | of the fp32 limit | of the int8 limit | CPU ms per image, " + " / ".join(sizes) + " | peak memory MiB, until warm / embedding | smallest cosine | a broken file |", "|---" * 8 + "|"]
     for name, side in s.items():
@@ -272,7 +273,7 @@ def table(r: dict) -> str:
 
 def receipt_line(setup: dict) -> str:
     "What a side settled on before the job."
-    return f"its trial took {setup['seconds']:.0f} s and chose {setup.get('choice') or setup.get('route')}" + (f", because {setup['reason']}" if setup.get("reason") else "")
+    return f"its trial took {setup['seconds']:.0f} s and chose {setup['receipt']['choice']}: {setup['receipt']['reason']}"
 
 
 def reading(r: dict) -> list[str]:
@@ -292,8 +293,11 @@ def reading(r: dict) -> list[str]:
         lines.append(f"- **{name}** reaches end to end {', '.join(parts)}.")
     apart = max(1 - x["cosine_between_pictures"] for x in r["sizes"].values())
     worst = {name: 1 - min(side["min_cosine"].values()) for name, side in s.items()}
-    if worst: lines.append(f"- **Cosines.** With these random weights two different pictures are {apart:.3f} apart (1 − cosine, median). The vectors are off by at most " +
-                           ", ".join(f"{max(0, off):.1e} ({name})" for name, off in worst.items()) + ". Trained weights have outliers that random ones have not: what int8 does to them has to be tried on them.")
+    if worst: lines.append(f"- **Cosines.** With these weights two different pictures are {apart:.3f} apart (1 − cosine, median). The vectors are off by at most " +
+                           ", ".join(f"{max(0, off):.1e} ({name})" for name, off in worst.items()) + "." +
+                           (" The weights are random: trained ones have outliers that these have not, and what int8 does to them has to be tried on them." if r["weights"] == "random" else ""))
+    builds = {side["packages"]["torch"]: side["environment"] for side in s.values() if "torch" in side["packages"]}
+    if len(builds) > 1: lines.append("- **Memory.** The environments hold different builds of torch (" + ", ".join(f"{v} in {k}" for v, k in builds.items()) + "), and a build's own size is part of a process.")
     files = ", ".join(f"{size} with {x['kilobytes']} kB" for size, x in r["sizes"].items())
     lines.append(f"- **Files.** {files} in the median, all in the page cache: no disk and no network is measured.")
     if r["other_programs_cores"]:
@@ -353,7 +357,8 @@ def main(argv: list[str] | None = None) -> dict:
             model = work / "model"
             subprocess.run([sys.executable, HERE / "sides.py", "model", "-", model, work], check=True, stdout=subprocess.DEVNULL)
         raw = measure(model, work, args)
-    result = {"machine": processor(), "date": date.today().isoformat(), "images": args.images, "rounds": args.rounds, **summary(raw, args.images), "raw": raw}
+    result = {"machine": processor(), "date": date.today().isoformat(), "images": args.images, "rounds": args.rounds, "weights": "random" if args.model is None else args.model.name,
+              **summary(raw, args.images), "raw": raw}
     (args.out / "embedding.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "embedding.md").write_text(page := table(result))
     plot(result, args.out / "embedding.png")
