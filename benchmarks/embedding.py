@@ -284,13 +284,13 @@ def reading(r: dict) -> list[str]:
         lines.append(f"- **The {kind} limit** is {number(x)} images per second: what the matrix products of the model would take by themselves. In 10⁹ operations a second: {speeds}.")
     for kind in ("fp32", "int8"):
         if kind not in r["limits"]: lines.append(f"- **The {kind} limit** could not be measured here.")
-    for name, side in s.items():
-        parts = []
-        for size in r["sizes"]:
-            reached = side["images_per_second"][size]["median"] / side["model_only"]["median"]
-            what = ("the model decides" if reached > .85 else "reading the pictures costs less than the model" if reached > .5 else "reading the pictures costs more than the model")
-            parts.append(f"{share(reached)} of the model's own speed at {size} ({what}; {1000 * CORES / side['cpu_ms'][size]['median']:.0f} a second if all {CORES} cores were always busy)")
-        lines.append(f"- **{name}** reaches end to end {', '.join(parts)}.")
+    for size in r["sizes"]:
+        reached = {name: side["images_per_second"][size]["median"] / side["model_only"]["median"] for name, side in s.items()}
+        for says, low, high in (("more", 0, .5), ("less", .5, .9), ("next to nothing beside", .9, float("inf"))):
+            names = [f"{name} ({share(x)})" for name, x in reached.items() if low <= x < high]
+            if names: lines.append(f"- **At {size}** reading the pictures costs {says}{' than' * (high < 1)} the model, by what is left of the model's own speed, for {', '.join(names)}.")
+        kept = ", ".join(f"{name} {1000 * CORES / side['cpu_ms'][size]['median']:.1f}" for name, side in s.items())
+        if kept: lines.append(f"- **At {size}, were all {CORES} cores always busy** with the same work, images per second would be: {kept}. No way of overlapping reading and model exceeds that.")
     apart = max(1 - x["cosine_between_pictures"] for x in r["sizes"].values())
     worst = {name: 1 - min(side["min_cosine"].values()) for name, side in s.items()}
     if worst: lines.append(f"- **Cosines.** With these weights two different pictures are {apart:.3f} apart (1 − cosine, median). The vectors are off by at most " +
