@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['RULES', 'RELEVANT', 'NOQA', 'UNREADABLE', 'SKIPPED', 'FREEZERS', 'FROZEN', 'LOADERS', 'SAME', 'DTYPES', 'FREE',
            'FEATURES', 'EMBEDDER', 'KEEP_LENGTH', 'PRODUCTS', 'TENSOR', 'LOCAL', 'PICKLED', 'MODEL_LIBRARIES', 'Hit',
-           'SourceRule', 'rule', 'events_of', 'silenced', 'diff_of', 'finding_of', 'unreadable', 'scan_file',
-           'sources_in', 'scan_source', 'env_too_late', 'transformers_cache', 'leaf', 'library', 'loads', 'is_pipeline',
-           'creations', 'classes', 'argument', 'keyword', 'config_on_pipeline', 'load_in_on_pipeline', 'bnb_settings',
-           'backend_and_flag', 'both_flags', 'no_components', 'fp4_by_default', 'torch_dtype', 'two_dtypes', 'alias',
-           'string_dtype', 'cast_of', 'dtype_of', 'fp32_vae', 'is_quantized', 'cast_of_quantized', 'attention_slicing',
-           'on_mps', 'removed_vae_switch', 'unet_cache', 'gradients_in_a_loop', 'training', 'replayed',
-           'clip_from_diffusers', 'cls_as_embedding', 'raw_features', 'model_of', 'not_normalised',
-           'features_are_an_object', 'text_model', 'hub_id', 'unpinned', 'remote_code', 'pickled_path',
-           'pickled_weights', 'works_with_models', 'catches_all', 'silent_failure', 'lost_cause', 'tells_the_log']
+           'SourceRule', 'rule', 'events_of', 'silenced', 'diff_of', 'severity_in', 'finding_of', 'unreadable',
+           'scan_file', 'sources_in', 'scan_source', 'scan_files', 'env_too_late', 'transformers_cache', 'leaf',
+           'library', 'loads', 'is_pipeline', 'creations', 'classes', 'argument', 'keyword', 'config_on_pipeline',
+           'load_in_on_pipeline', 'bnb_settings', 'backend_and_flag', 'both_flags', 'no_components', 'fp4_by_default',
+           'torch_dtype', 'two_dtypes', 'alias', 'string_dtype', 'cast_of', 'dtype_of', 'fp32_vae', 'is_quantized',
+           'cast_of_quantized', 'attention_slicing', 'on_mps', 'removed_vae_switch', 'unet_cache',
+           'gradients_in_a_loop', 'training', 'clip_from_diffusers', 'cls_as_embedding', 'raw_features', 'model_of',
+           'not_normalised', 'features_are_an_object', 'text_model', 'hub_id', 'unpinned', 'remote_code',
+           'pickled_path', 'pickled_weights', 'works_with_models', 'catches_all', 'silent_failure', 'lost_cause',
+           'tells_the_log', 'write_back', 'fix_source']
 
 # %% ../nbs/13_doctor.ipynb #8a231a41
 import ast, os, re, shutil
@@ -24,8 +25,8 @@ from pathlib import Path
 from .environment import ENVIRONMENT_RULES, check_environment
 from .errors import FileNotFoundError, ValidationError
 from .findings import Finding, Findings, Rule, chosen_rules, render
-from .flow import (Attribute, Call, Choice, Constant, Event, Instance, Item, Mapping, Name, Operation, Parameter, Sequence, Value, alternatives, constant, follow,
-                            path, paths)
+from .flow import (Attribute, Call, Choice, Constant, Event, Instance, Item, Mapping, Name, Operation, Parameter, Sequence, Value, alternatives,
+                            circumstances, constant, follow, path, paths)
 from .source import READERS, Edit, Part, Source, Unreadable, apply_edits, parse, parse_cell, read_source, replace_node, split_lines
 
 # %% ../nbs/13_doctor.ipynb #4c211809
@@ -44,14 +45,14 @@ class SourceRule(Rule):
     right: str
     kinds: tuple[str, ...]  # of events that are looked at
     check: Callable[[Event, list[Event]], Iterator[Hit]]  # an event, and all of the program
-    documents: bool = True  # whether it applies to examples in documents
+    in_documents: str = ""  # severity there, where code is shown and not deployed; "": the same, "pass": it does not apply
 
 RULES: dict[str, SourceRule] = {}
 
-def rule(code: str, name: str, severity: str, theme: str, kinds: str, wrong: str, right: str, documents: bool = True) -> Callable:
+def rule(code: str, name: str, severity: str, theme: str, kinds: str, wrong: str, right: str, in_documents: str = "") -> Callable:
     "Make a check the rule of that code; its docstring is the reason."
     def add(check: Callable) -> Callable:
-        RULES[code] = SourceRule(code, name, severity, check.__doc__, theme, wrong.strip(), right.strip(), tuple(kinds.split()), check, documents)
+        RULES[code] = SourceRule(code, name, severity, check.__doc__, theme, wrong.strip(), right.strip(), tuple(kinds.split()), check, in_documents)
         return check
     return add
 
@@ -73,8 +74,7 @@ NOQA = re.compile(r"#\s*noqa(?!\w)(?P<codes>\s*:\s*[A-Z]+[0-9]+(?:[,\s]+[A-Z]+[0
 
 def silenced(part: Part, lines: Iterable[int], code: str) -> bool:
     "Whether a comment on one of these lines silences a rule."
-    text = split_lines(part.text)
-    for m in (m for n in lines if n <= len(text) for m in NOQA.finditer(text[n - 1])):
+    for m in (m for n in lines if n <= len(part.lines) for m in NOQA.finditer(part.lines[n - 1])):
         if m["codes"] is None or code in re.findall(r"[A-Z]+[0-9]+", m["codes"].upper()): return True
     return False
 
@@ -84,30 +84,34 @@ def diff_of(name: str, part: Part, edit_node: ast.AST, new: str, old: str | None
     plain = replace(part, raw=lambda a, b: (a, b), escape=str)
     changed = apply_edits(part.text, {replace_node(plain, edit_node, new, old)})
     first, last = edit_node.lineno - 1, edit_node.lineno if old is not None else edit_node.end_lineno
-    before, after = split_lines(part.text), split_lines(changed)
+    before, after = part.lines, split_lines(changed)
     end = last + len(after) - len(before)
     size = lambda n: f",{n}" if n != 1 else ""
     line = part.place(first + 1, 0)[0]
     head = [f"--- {name}", f"+++ {name}", f"@@ -{line}{size(last - first)} +{line}{size(end - first)} @@"]
     return "\n".join([*head, *(f"-{l}" for l in before[first:last]), *(f"+{l}" for l in after[first:end])])
 
-# %% ../nbs/13_doctor.ipynb #227b1a93
+# %% ../nbs/13_doctor.ipynb #5f5c37f2
+def severity_in(rule: SourceRule, source: Source) -> str:
+    "How serious a rule is in a file."
+    return rule.in_documents or rule.severity if source.path.suffix == ".md" else rule.severity
+
 def finding_of(source: Source, event: Event, rule: SourceRule, hit: Hit) -> Finding:
     "A hit as it is reported."
     part, name = event.part, source.path.as_posix()
-    line, column = part.place(hit.node.lineno, len(part.text[(start := part.offset(hit.node.lineno, 0)):part.offset(hit.node.lineno, hit.node.col_offset)]))
+    line, column = part.place(hit.node.lineno, part.offset(hit.node.lineno, hit.node.col_offset) - (start := part.starts[hit.node.lineno - 1]))
     edits, diff, file_line = (), "", line
     if hit.change is not None:
         edits = (replace_node(part, *hit.change),)
         diff = diff_of(f"{name}:cell {part.cell}" if part.cell else name, part, *hit.change)
     if part.cell: file_line = source.text.count("\n", 0, part.raw(start, start + 1)[0]) + 1
-    return Finding(rule.code, name, line, column, part.cell, hit.message, hit.fix, rule.severity, diff, edits, file_line)
+    return Finding(rule.code, name, line, column, part.cell, hit.message, hit.fix, severity_in(rule, source), diff, edits, file_line)
 
 UNREADABLE = Rule("DSK000", "unreadable", "error", "What cannot be read cannot be checked.", "files")
 
 def unreadable(source: Source, part: Part | None, problem: Unreadable) -> Finding:
     "What could not be read, as it is reported."
-    line = part.place(min(problem.line, len(split_lines(part.text))), 0)[0] if part else problem.line
+    line = part.place(min(problem.line, len(part.lines)), 0)[0] if part else problem.line
     in_document = part is not None and source.path.suffix == ".md"
     what = f"cell {part.cell}" if part and part.cell else "this block" if in_document else "this file"
     return Finding("DSK000", source.path.as_posix(), line, 1, part.cell if part else None, f"{what} {problem.reason}", "Repair it, or leave it out of the scan: nothing in it was checked",
@@ -121,9 +125,9 @@ def scan_file(source: Source, codes: set[str]) -> list[Finding]:
     if any(e.kind == "too deep" for e in events):
         problems = [(e.part, Unreadable("holds an expression that is nested too deeply to be followed", e.node.lineno)) for e in events if e.kind == "too deep"]
         found |= {("DSK000", id(p), e.line): unreadable(source, p, e) for p, e in problems}
-    rules = [r for r in RULES.values() if r.code in codes and (r.documents or source.path.suffix != ".md")]
+    rules = {kind: [r for r in RULES.values() if kind in r.kinds and r.code in codes and severity_in(r, source) != "pass"] for kind in {e.kind for e in events}}
     for e in events:
-        for r in (r for r in rules if e.kind in r.kinds):
+        for r in rules[e.kind]:
             for hit in r.check(e, events):
                 key = r.code, id(e.part), hit.node.lineno
                 lines = {hit.node.lineno, e.node.lineno, e.node.end_lineno}
@@ -150,9 +154,13 @@ def scan_source(where: str | Path,  # a .py, .ipynb or .md file, or a folder of 
                 ignore: Iterable[str] = (),
                 ) -> Findings:  # a list of `Finding`, in the order of files and lines
     "Check source code, which is read and never run."
+    return Findings(f for _, found in scan_files(where, select, ignore) for f in found)
+
+def scan_files(where: str | Path, select: Iterable[str], ignore: Iterable[str]) -> Iterator[tuple[Source, list[Finding]]]:
+    "The files, and what was found in each."
     codes, where = chosen_rules([*RULES.values(), UNREADABLE], select, ignore), Path(where)
     if not os.path.lexists(where): raise FileNotFoundError(f"no file or folder {str(where)!r}", details={"path": str(where)})
-    return Findings(f for s in (sources_in(where) if where.is_dir() else [read_source(where)]) for f in scan_file(s, codes))
+    for source in sources_in(where) if where.is_dir() else [read_source(where)]: yield source, scan_file(source, codes)
 
 # %% ../nbs/13_doctor.ipynb #6c71be37
 FREEZERS = ("huggingface_hub", "transformers", "diffusers", "sentence_transformers", "datasets", "peft")  # load huggingface_hub's constants as they are imported
@@ -265,9 +273,8 @@ pipe = DiffusionPipeline.from_pretrained(folder, quantization_config=config)
 """)
 def load_in_on_pipeline(event: Event, events: list[Event]) -> Iterator[Hit]:
     "A pipeline ignores load_in_4bit and load_in_8bit with a warning, and the model that comes back is not quantized."
-    if not any(map(is_pipeline, loads(event.value))): return
-    for name in ("load_in_4bit", "load_in_8bit"):
-        if name in event.value.keywords and constant(event.value.keywords[name]) is not False:
+    for name in {"load_in_4bit", "load_in_8bit"} & event.value.keywords.keys():
+        if any(map(is_pipeline, loads(event.value))) and constant(event.value.keywords[name]) is not False:
             yield Hit(keyword(event.value, name), f"a pipeline ignores {name}: nothing is quantized", "Give a PipelineQuantizationConfig as quantization_config")
 
 # %% ../nbs/13_doctor.ipynb #457dd6a3
@@ -367,7 +374,7 @@ pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
 """)
 def two_dtypes(event: Event, events: list[Event]) -> Iterator[Hit]:
     "diffusers refuses dtype and torch_dtype together; transformers drops one of them."
-    if loads(event.value) and {"dtype", "torch_dtype"} <= event.value.keywords.keys(): yield Hit(keyword(event.value, "torch_dtype"), "dtype and torch_dtype are both given", "Keep dtype")
+    if {"dtype", "torch_dtype"} <= event.value.keywords.keys() and loads(event.value): yield Hit(keyword(event.value, "torch_dtype"), "dtype and torch_dtype are both given", "Keep dtype")
 
 # %% ../nbs/13_doctor.ipynb #08fb768c
 def alias(event: Event, module: str) -> str | None:  # None: it is not imported here
@@ -390,8 +397,8 @@ pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
 """)
 def string_dtype(event: Event, events: list[Event]) -> Iterator[Hit]:
     "diffusers understands no text here: it warns, and loads float32, which is twice the memory."
-    if not any(library(c) == "diffusers" for c in loads(event.value)): return
     for name in {"dtype", "torch_dtype"} & event.value.keywords.keys():
+        if not any(library(c) == "diffusers" for c in loads(event.value)): return
         texts = [a.value for a in alternatives(event.value.keywords[name]) if isinstance(a, Constant) and isinstance(a.value, str)]
         if not texts: continue
         at, torch = keyword(event.value, name), alias(event, "torch")
@@ -434,8 +441,9 @@ pipe = StableDiffusionXLPipeline.from_pretrained(folder, vae=vae, dtype=torch.fl
 def fp32_vae(event: Event, events: list[Event]) -> Iterator[Hit]:
     "A part that is given is not cast, and a float32 VAE cannot decode what a half-precision UNet made."
     call = event.value
+    if "vae" not in call.keywords: return
     targets = loads(call) or sorted(paths(call.function))
-    if not any(re.fullmatch(r"StableDiffusion(?!3)\w*Pipeline|DiffusionPipeline|AutoPipelineFor\w+", leaf(c)) for c in targets if is_pipeline(c)) or "vae" not in call.keywords: return
+    if not any(re.fullmatch(r"StableDiffusion(?!3)\w*Pipeline|DiffusionPipeline|AutoPipelineFor\w+", leaf(c)) for c in targets if is_pipeline(c)): return
     vae, half = call.keywords["vae"], {dtype_of(call), dtype_of(call.keywords.get("unet"))} & {"float16", "bfloat16"}
     if half and {leaf(c) for c in classes(vae)} == {"AutoencoderKL"} and dtype_of(vae) == "float32":
         yield Hit(keyword(call, "vae"), f"the VAE is float32, the UNet {min(half)}", f"Load the VAE with dtype=torch.{min(half)} as well")
@@ -524,7 +532,7 @@ def unet_cache(event: Event, events: list[Event]) -> Iterator[Hit]:
 # %% ../nbs/13_doctor.ipynb #f8adb511
 FREE = {"torch.no_grad", "torch.inference_mode", "torch.set_grad_enabled", "torch.autograd.no_grad", "torch.autograd.grad_mode.no_grad", "torch.autograd.grad_mode.inference_mode"}
 FEATURES = ("get_image_features", "get_text_features")
-EMBEDDER = re.compile(r"transformers\.(.*\.)?((Chinese|Alt|Meta)?CLIP|Siglip|Align|Dinov|ViT|AutoModel$|Blip)\w*")
+EMBEDDER = re.compile(r"transformers\.(.*\.)?((Chinese|Alt|Meta)?CLIP|Siglip|Align|Dinov|ViT|Auto|Blip)\w*Model(WithProjection)?")
 
 @rule("DSK033", "gradients-in-a-loop", "warning", "inference", "call", wrong="""
 from transformers import CLIPModel
@@ -543,18 +551,12 @@ def gradients_in_a_loop(event: Event, events: list[Event]) -> Iterator[Hit]:
     "Outside of torch.inference_mode every pass keeps its intermediate results for gradients that nobody asks for."
     function = event.value.function
     model = function.base if isinstance(function, Attribute) and function.name in FEATURES else function
-    names = classes(model)
-    if not event.loop or not any(EMBEDDER.fullmatch(c) for c in names) or training(events): return
-    if not FREE & set(event.managers) and not (event.function and event.function.called and not event.function.events is None and replayed(event, events)):
+    if any(EMBEDDER.fullmatch(c) for c in classes(model)) and any(loop and not FREE & managers for loop, managers in circumstances(event)) and not training(events):
         yield Hit(event.node, "a model runs in a loop with gradients switched on", "Wrap the loop in `with torch.inference_mode():`")
 
 def training(events: list[Event]) -> bool:
     "Whether a program trains, and so needs its gradients."
-    return any(e.kind == "attribute" and isinstance(e.node, ast.Attribute) and e.node.attr in ("backward", "zero_grad") for e in events)
-
-def replayed(event: Event, events: list[Event]) -> bool:
-    "Whether the same call is also seen from where its function is called, which says more."
-    return any(e.node is event.node and e.function is not event.function for e in events)
+    return any(e.kind == "attribute" and e.node.attr in ("backward", "zero_grad") for e in events)
 
 # %% ../nbs/13_doctor.ipynb #fbeac0a8
 @rule("DSK040", "clip-from-diffusers", "error", "CLIP", "import attribute", wrong="""
@@ -579,9 +581,10 @@ vector = model(**inputs).image_embeds
 """)
 def cls_as_embedding(event: Event, events: list[Event]) -> Iterator[Hit]:
     "The first token is taken before the last norm and the projection, so it lies outside of the space that CLIP was trained in."
-    node, base = event.node, event.value.base
-    if not (isinstance(node.slice, ast.Tuple) and len(node.slice.elts) > 1 and isinstance(node.slice.elts[1], ast.Constant) and node.slice.elts[1].value == 0): return
-    if not (isinstance(base, Attribute) and base.name == "last_hidden_state" or isinstance(base, Item) and constant(base.index) in (0, "last_hidden_state")): return
+    node, base = event.node, event.value.base if isinstance(event.value, Item) else None
+    match base, node.slice:
+        case Attribute(_, "last_hidden_state") | Item(_, Constant(0 | "last_hidden_state")), ast.Tuple(elts=[_, ast.Constant(value=0), *_]): pass
+        case _: return
     models = {leaf(c) for a in alternatives(base.base) if isinstance(a, Call) for c in classes(a.function.base if isinstance(a.function, Attribute) else a.function)}
     if any(re.fullmatch(r"CLIP(Vision)?Model(WithProjection)?", m) for m in models):
         yield Hit(node, "the CLS token is no CLIP embedding", "Use CLIPVisionModelWithProjection(...).image_embeds, or CLIPImageEmbedder of this package, and normalise")
@@ -684,7 +687,7 @@ def hub_id(value: Value | None) -> str | None:
     texts = [a.value for a in alternatives(value) if isinstance(a, Constant) and isinstance(a.value, str)] if value is not None else []
     return next((t for t in texts if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", t) and t.partition("/")[0] not in LOCAL), None)
 
-@rule("DSK050", "unpinned", "info", "safety", "call", documents=False, wrong="""
+@rule("DSK050", "unpinned", "info", "safety", "call", in_documents="pass", wrong="""
 from transformers import CLIPModel
 model = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
 """, right="""
@@ -701,7 +704,7 @@ def unpinned(event: Event, events: list[Event]) -> Iterator[Hit]:
     if name and constant(call.keywords.get("revision", Constant(None)), "?") in (None, "main"):
         yield Hit(event.node, f"{name} is loaded without a revision", "Pin the commit: revision=\"<40 hex digits>\", or take it from the registry of this package, which keeps a lockfile")
 
-@rule("DSK051", "remote-code", "warning", "safety", "call", wrong="""
+@rule("DSK051", "remote-code", "warning", "safety", "call", in_documents="info", wrong="""
 from transformers import AutoModel
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 """, right="""
@@ -735,7 +738,6 @@ def pickled_weights(event: Event, events: list[Event]) -> Iterator[Hit]:
     if loads(call) and constant(call.keywords.get("use_safetensors")) is False: yield Hit(keyword(call, "use_safetensors"), "pickled weights are preferred", "Leave use_safetensors out, or set it to True")
     elif "torch.load" in names and constant(call.keywords.get("weights_only")) is False: yield Hit(keyword(call, "weights_only"), "a pickle is read without restrictions", "Convert the weights to safetensors, or leave weights_only at True")
     elif names & {"pickle.load", "joblib.load", "dill.load", "cloudpickle.load"} and pickled_path(argument(call, "file", 0)): yield Hit(event.node, "a model is read from a pickle", "Save it with save_pretrained or safetensors")
-    elif any(leaf(p) == "from_single_file" for p in names) and loads(call) and pickled_path(argument(call, "pretrained_model_link_or_path", 0)): yield Hit(event.node, "a checkpoint is read from a pickle", "Use the .safetensors file of the same model")
 
 # %% ../nbs/13_doctor.ipynb #5ffc2f8a
 MODEL_LIBRARIES = ("torch", "transformers", "diffusers", "huggingface_hub", "sentence_transformers")
@@ -796,3 +798,29 @@ def tells_the_log(handler: ast.ExceptHandler) -> bool:
     "Whether a handler logs the traceback."
     nodes = [n for s in handler.body for n in ast.walk(s)]
     return any(isinstance(n, ast.keyword) and n.arg == "exc_info" or isinstance(n, ast.Attribute) and n.attr in ("exception", "format_exc", "exc_info") for n in nodes)
+
+# %% ../nbs/13_doctor.ipynb #9b620689
+def write_back(path: Path, data: bytes) -> None:
+    "Replace the content of a file at once, keeping its permissions."
+    target = path.resolve()
+    unfinished = target.with_name(f".{target.name}.{os.getpid()}.devsky")
+    try:
+        if not os.access(target, os.W_OK): raise PermissionError(13, "is write-protected")
+        with unfinished.open("xb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        shutil.copymode(target, unfinished)
+        unfinished.replace(target)
+    except OSError as e: raise ValidationError(f"cannot write {str(path)!r}: {e.strerror}. Nothing was changed in it", details={"path": str(path)}, original_error=e)
+    finally: unfinished.unlink(missing_ok=True)
+
+def fix_source(where: str | Path,  # as for `scan_source`
+               select: Iterable[str] = (),
+               ignore: Iterable[str] = (),
+               ) -> Findings:  # those that were fixed
+    "Make the changes that are safe, in place."
+    fixed = Findings()
+    for source, found in scan_files(where, select, ignore):
+        edits = {e for f in found for e in f.edits}
+        if not edits or events_of(source)[1] or source.text.encode(source.encoding) != source.path.read_bytes(): continue
+        write_back(source.path, apply_edits(source.text, edits).encode(source.encoding))
+        fixed += [f for f in found if f.edits]
+    return fixed

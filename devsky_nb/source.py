@@ -13,6 +13,7 @@ import ast, io, json, re, tokenize, warnings
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from json.decoder import JSONDecodeError, scanstring
 from pathlib import Path
 
@@ -38,6 +39,16 @@ class Part:
     margins: tuple[int, ...] = ()  # columns cut off at the left of each line
     escape: Callable[[str], str] = str  # how new text is written in the file
 
+    @cached_property
+    def lines(self) -> list[str]:
+        "The lines of the text."
+        return split_lines(self.text)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        "The offsets of the lines."
+        return line_starts(self.text)
+
     def place(self, line: int, column: int) -> tuple[int, int]:  # as an editor counts, from 1
         "Where a position of the parser is for a person."
         return line + self.first_line - 1, column + 1 + (self.margins[line - 1] if self.margins else 0)
@@ -46,9 +57,7 @@ class Part:
                column: int,  # from 0, in bytes
                ) -> int:  # in characters of `text`
         "Where a position of the parser is in the text."
-        start = line_starts(self.text)[line - 1]
-        rest = self.text[start:start + column]  # at least as many characters as there are bytes
-        return start + len(rest.encode()[:column].decode(errors="ignore"))
+        return self.starts[line - 1] + len(self.lines[line - 1].encode()[:column].decode(errors="ignore"))
 
 # %% ../nbs/12b_source.ipynb #06afb627
 @dataclass(frozen=True, order=True)
@@ -238,11 +247,12 @@ LARGEST = {".py": 2 * 2**20, ".ipynb": 100 * 2**20, ".md": 2 * 2**20}  # bytes
 def read_source(path: Path) -> Source:
     "Read a file; what is wrong with it is in the result."
     source = Source(path)
+    kind = path.suffix if path.suffix in READERS else ".py"  # whoever names a file without a suffix means a script
     try:
         if not path.is_file(): raise Unreadable("is not a regular file")
-        if (size := path.stat().st_size) > LARGEST[path.suffix]: raise Unreadable(f"is too large to be source code: {size / 2**20:.0f} MiB")
-        source.text, source.encoding = decode(path.read_bytes(), declared=path.suffix == ".py")
-        source.parts = READERS[path.suffix](source.text)
+        if (size := path.stat().st_size) > LARGEST[kind]: raise Unreadable(f"is too large to be source code: {size / 2**20:.0f} MiB")
+        source.text, source.encoding = decode(path.read_bytes(), declared=kind == ".py")
+        source.parts = READERS[kind](source.text)
     except OSError as e: source.problem = Unreadable(f"cannot be read: {e.strerror}")
     except Unreadable as e: source.problem = e
     return source
