@@ -129,7 +129,7 @@ def scan_file(source: Source, codes: set[str]) -> list[Finding]:
     for e in events:
         for r in rules[e.kind]:
             for hit in r.check(e, events):
-                key = r.code, id(e.part), hit.node.lineno
+                key = r.code, id(e.part), hit.node.lineno, hit.node.col_offset if hit.change else hit.message
                 lines = {hit.node.lineno, e.node.lineno, e.node.end_lineno}
                 if key not in found and not silenced(e.part, lines, r.code): found[key] = finding_of(source, e, r, hit)
     return sorted(found.values(), key=lambda f: (f.cell or 0, f.line, f.column, f.rule))
@@ -281,7 +281,7 @@ def load_in_on_pipeline(event: Event, events: list[Event]) -> Iterator[Hit]:
 def bnb_settings(call: Call) -> dict[str, Value] | None:  # None: not a bitsandbytes configuration, or not known in full
     "The settings that a call makes a bitsandbytes configuration of."
     names = {leaf(p) for p in paths(call.function) if library(p) in ("transformers", "diffusers")}
-    if call.rest: return None
+    if not names or call.rest: return None
     if names == {"BitsAndBytesConfig"}: return {n: v for n, v in zip(("load_in_8bit", "load_in_4bit"), call.args)} | call.keywords
     given = argument(call, "quant_kwargs", 1) if names == {"PipelineQuantizationConfig"} else None
     return given.items if isinstance(given, Mapping) and "bitsandbytes" in str(constant(argument(call, "quant_backend", 0), "bitsandbytes")) else None
@@ -454,7 +454,7 @@ def is_quantized(value: Value) -> bool:
     made = creations(value)
     def quantized(cls: str, call: Call) -> bool:
         config = call.keywords.get("quantization_config")
-        return bool(loads(call)) and not is_pipeline(cls) and (config is not None and bool(classes(config)) or any(constant(call.keywords.get(f"load_in_{b}bit")) is True for b in (4, 8)))
+        return bool(loads(call)) and not is_pipeline(cls) and (config is not None and all(classes(a) for a in alternatives(config)) or any(constant(call.keywords.get(f"load_in_{b}bit")) is True for b in (4, 8)))
     return bool(made) and all(quantized(*m) for m in made)
 
 @rule("DSK024", "cast-of-quantized", "error", "dtype", "call", wrong="""

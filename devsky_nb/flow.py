@@ -145,6 +145,7 @@ def path(value: Value) -> str:  # "": not a name of a library
 def paths(value: Value) -> set[str]:
     "The full names that a value may have."
     if isinstance(value, Name): return {value.path}
+    if not isinstance(value, Choice | Parameter | Class): return set()
     return {p for a in alternatives(value) if (p := path(a))}
 
 def constant(value: Value | None,
