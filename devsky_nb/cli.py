@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'emit', 'add_model_options', 'make_embedder', 'embed', 'embed_options', 'read_image_set',
-           'validate', 'validate_options', 'generate', 'generate_options', 'plan', 'plan_options', 'demo',
-           'demo_options', 'models', 'models_options', 'cache', 'cache_options', 'leaf', 'make_parser', 'fail', 'main']
+           'validate', 'validate_options', 'generate', 'generate_options', 'plan', 'plan_options', 'doctor',
+           'show_rules', 'doctor_options', 'demo', 'demo_options', 'models', 'models_options', 'cache', 'cache_options',
+           'leaf', 'make_parser', 'fail', 'main']
 
 # %% ../nbs/15_cli.ipynb #cb549a4f
 import argparse, json, sys, warnings
@@ -152,6 +153,47 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--without", action="append", metavar="PART", help="a component to do without: safety_checker or text_encoder_3")
     parser.add_argument("--top", type=int, default=8, metavar="N", help="configurations to list (default: %(default)s)")
 
+# %% ../nbs/15_cli.ipynb #d0c70002
+def doctor(args: argparse.Namespace) -> int:
+    "Check source code and this machine against the practices."
+    from devsky_nb.doctor import ALL_RULES, RULES, check_environment, fix_source, scan_source
+    from devsky_nb.findings import Findings, chosen_rules, render
+    if args.rules: return show_rules(ALL_RULES, args.json)
+    codes = chosen_rules(ALL_RULES, args.select, args.ignore)
+    of_source, of_machine = ([c for c in sorted(codes) if (c < "DSK100") == source] for source in (True, False))
+    paths, found = args.paths or [Path(".")], Findings()
+    for path in paths if of_source and not args.environment else ():
+        fixed = fix_source(path, of_source) if args.fix else ()
+        if fixed: print(f"{path}: {len(fixed)} fixed", file=sys.stderr)
+        found += scan_source(path, of_source)
+    if of_machine and not args.source: found += check_environment(args.cache_dir, args.plan, args.budget, of_machine)
+    if args.diff: print("\n".join(f.diff for f in found if f.diff))
+    else: print(render(found, "json" if args.json else args.format, ALL_RULES, devsky_nb.__version__))
+    return 1 if found.failing(args.select) else 0
+
+def show_rules(rules: list, as_json: bool) -> int:
+    "List the rules."
+    if as_json: emit([{"code": r.code, "name": r.name, "severity": r.severity, "theme": r.theme, "why": r.why} for r in rules], True)
+    else: print("\n".join(f"{r.code}  {r.severity:8} {r.name:24} {r.why}" for r in rules))
+    return 0
+
+# %% ../nbs/15_cli.ipynb #d0c70003
+def doctor_options(parser: argparse.ArgumentParser) -> None:
+    codes = lambda text: [c.strip() for c in text.split(",")]
+    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH", help="files (.py, .ipynb, .md) and folders to read (default: this folder)")
+    only = parser.add_mutually_exclusive_group()
+    only.add_argument("--source", action="store_true", help="read source code only")
+    only.add_argument("--environment", action="store_true", help="check the machine only")
+    parser.add_argument("--fix", action="store_true", help="make the changes that are safe, in place")
+    parser.add_argument("--diff", action="store_true", help="show the changes that --fix would make, and nothing else")
+    parser.add_argument("--format", choices=("text", "json", "sarif", "github"), default="text", help="of the findings (default: %(default)s)")
+    for name, text in (("select", "only these rules"), ("ignore", "not these rules")):
+        parser.add_argument(f"--{name}", type=codes, action="extend", default=[], metavar="CODES", help=f"{text}: codes or their beginnings, such as DSK01,DSK050")
+    parser.add_argument("--rules", action="store_true", help="list all rules")
+    parser.add_argument("--plan", metavar="NAME", help="model that is to run here; is there memory for it?")
+    parser.add_argument("--budget", metavar="SIZE", help="memory that it may take, such as 8GB (default: what is free)")
+    parser.add_argument("--cache-dir", metavar="DIR", help="Hub cache (default: the usual one)")
+
 # %% ../nbs/15_cli.ipynb #041a0241
 def demo(args: argparse.Namespace) -> int:
     "Generate a catalogue with a 4-bit SDXL, break some files, check it, and write the report."
@@ -234,7 +276,7 @@ def leaf(actions: "argparse._SubParsersAction", name: str, help: str) -> argpars
     return p
 
 COMMANDS = {"demo": (demo, demo_options), "embed": (embed, embed_options), "validate": (validate, validate_options), "generate": (generate, generate_options),
-            "plan": (plan, plan_options)}
+            "plan": (plan, plan_options), "doctor": (doctor, doctor_options)}
 GROUPS = {"models": (models, models_options), "cache": (cache, cache_options)}
 
 def make_parser() -> argparse.ArgumentParser:

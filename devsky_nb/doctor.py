@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['RULES', 'RELEVANT', 'NOQA', 'UNREADABLE', 'SKIPPED', 'FREEZERS', 'FROZEN', 'LOADERS', 'SAME', 'DTYPES', 'FREE',
-           'FEATURES', 'EMBEDDER', 'KEEP_LENGTH', 'PRODUCTS', 'TENSOR', 'LOCAL', 'PICKLED', 'MODEL_LIBRARIES', 'Hit',
-           'SourceRule', 'rule', 'events_of', 'silenced', 'diff_of', 'severity_in', 'finding_of', 'unreadable',
-           'scan_file', 'sources_in', 'scan_source', 'scan_files', 'env_too_late', 'transformers_cache', 'leaf',
-           'library', 'loads', 'is_pipeline', 'creations', 'classes', 'argument', 'keyword', 'config_on_pipeline',
-           'load_in_on_pipeline', 'bnb_settings', 'backend_and_flag', 'both_flags', 'no_components', 'fp4_by_default',
-           'torch_dtype', 'two_dtypes', 'alias', 'string_dtype', 'cast_of', 'dtype_of', 'fp32_vae', 'is_quantized',
-           'cast_of_quantized', 'attention_slicing', 'on_mps', 'removed_vae_switch', 'unet_cache',
-           'gradients_in_a_loop', 'training', 'clip_from_diffusers', 'cls_as_embedding', 'raw_features', 'model_of',
-           'not_normalised', 'features_are_an_object', 'text_model', 'hub_id', 'unpinned', 'remote_code',
-           'pickled_path', 'pickled_weights', 'works_with_models', 'catches_all', 'silent_failure', 'lost_cause',
-           'tells_the_log', 'write_back', 'fix_source']
+           'FEATURES', 'EMBEDDER', 'KEEP_LENGTH', 'PRODUCTS', 'TENSOR', 'LOCAL', 'PICKLED', 'MODEL_LIBRARIES',
+           'ALL_RULES', 'Hit', 'SourceRule', 'rule', 'events_of', 'silenced', 'diff_of', 'severity_in', 'finding_of',
+           'unreadable', 'scan_file', 'sources_in', 'scan_source', 'scan_files', 'env_too_late', 'transformers_cache',
+           'leaf', 'library', 'loads', 'is_pipeline', 'creations', 'classes', 'argument', 'keyword',
+           'config_on_pipeline', 'load_in_on_pipeline', 'bnb_settings', 'backend_and_flag', 'both_flags',
+           'no_components', 'fp4_by_default', 'torch_dtype', 'two_dtypes', 'alias', 'string_dtype', 'cast_of',
+           'dtype_of', 'fp32_vae', 'is_quantized', 'cast_of_quantized', 'attention_slicing', 'on_mps',
+           'removed_vae_switch', 'unet_cache', 'gradients_in_a_loop', 'training', 'clip_from_diffusers',
+           'cls_as_embedding', 'raw_features', 'model_of', 'not_normalised', 'features_are_an_object', 'text_model',
+           'hub_id', 'unpinned', 'remote_code', 'pickled_path', 'pickled_weights', 'works_with_models', 'catches_all',
+           'silent_failure', 'lost_cause', 'tells_the_log', 'write_back', 'fix_source']
 
 # %% ../nbs/13_doctor.ipynb #8a231a41
 import ast, os, re, shutil
@@ -315,6 +315,7 @@ def both_flags(event: Event, events: list[Event]) -> Iterator[Hit]:
     settings = bnb_settings(event.value)
     if settings and all(constant(settings.get(n)) is True for n in ("load_in_4bit", "load_in_8bit")): yield Hit(event.node, "load_in_4bit and load_in_8bit are both True", "Keep one of the two")
 
+# %% ../nbs/13_doctor.ipynb #76577800
 @rule("DSK014", "no-components", "warning", "quantization", "call", wrong="""
 from diffusers import PipelineQuantizationConfig
 config = PipelineQuantizationConfig(quant_backend="bitsandbytes_8bit", quant_kwargs={"load_in_8bit": True})
@@ -363,6 +364,7 @@ def torch_dtype(event: Event, events: list[Event]) -> Iterator[Hit]:
     at = keyword(event.value, "torch_dtype")
     yield Hit(at, "torch_dtype is the old name of dtype", "Rename it to dtype", (at, "dtype", "torch_dtype") if isinstance(at, ast.keyword) else None)
 
+# %% ../nbs/13_doctor.ipynb #7e13035e
 @rule("DSK021", "two-dtypes", "error", "dtype", "call", wrong="""
 import torch
 from diffusers import DiffusionPipeline
@@ -425,6 +427,7 @@ def dtype_of(value: Value | None, depth: int = 0) -> str | None:  # None: unknow
             return "float32" if dtype is None else leaf(path(dtype)) or None
     return None
 
+# %% ../nbs/13_doctor.ipynb #722e8975
 @rule("DSK023", "fp32-vae", "error", "dtype", "call", wrong="""
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
@@ -495,6 +498,7 @@ def on_mps(value: Value) -> bool:
         case Call(function=Attribute(base, name), args=args): return name == "to" and any(constant(a) == "mps" for a in args) or on_mps(base)
     return False
 
+# %% ../nbs/13_doctor.ipynb #f5b2f3ce
 @rule("DSK031", "removed-vae-switch", "error", "inference", "attribute", wrong="""
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(folder)
@@ -570,6 +574,7 @@ def clip_from_diffusers(event: Event, events: list[Event]) -> Iterator[Hit]:
     whole = isinstance(event.node, ast.ImportFrom) and event.node.level == 0 and all(a.name.startswith("CLIP") for a in event.node.names)
     yield Hit(event.node, f"diffusers has no {leaf(path(event.value))}", "Import it from transformers", (event.node, "from transformers", "from diffusers") if whole else None)
 
+# %% ../nbs/13_doctor.ipynb #e7ed649f
 @rule("DSK041", "cls-as-embedding", "warning", "CLIP", "item", wrong="""
 from transformers import CLIPVisionModel
 model = CLIPVisionModel.from_pretrained(folder)
@@ -641,6 +646,7 @@ def not_normalised(event: Event, events: list[Event]) -> Iterator[Hit]:
 # %% ../nbs/13_doctor.ipynb #b261e8d0
 TENSOR = {"norm", "cpu", "cuda", "numpy", "detach", "shape", "float", "half", "T", "t", "squeeze", "unsqueeze", "mean", "sum", "view", "reshape", "tolist", "dim", "size", "device", "dtype"}
 
+# %% ../nbs/13_doctor.ipynb #eb1eb1df
 @rule("DSK043", "features-are-an-object", "error", "CLIP", "attribute call operation", wrong="""
 from transformers import CLIPModel
 model = CLIPModel.from_pretrained(folder)
@@ -663,6 +669,7 @@ def features_are_an_object(event: Event, events: list[Event]) -> Iterator[Hit]:
         if u is not None and isinstance(u, Call) and isinstance(u.function, Attribute) and u.function.name in FEATURES and any(library(c) == "transformers" for c in classes(u.function.base)):
             yield Hit(event.node, f"{u.function.name} returns an object, which is used as a tensor", f"Take {u.function.name}(...).pooler_output")
 
+# %% ../nbs/13_doctor.ipynb #56a1663d
 @rule("DSK044", "text-model", "error", "CLIP", "attribute", wrong="""
 from transformers import CLIPTextModel
 encoder = CLIPTextModel.from_pretrained(folder)
@@ -687,6 +694,7 @@ def hub_id(value: Value | None) -> str | None:
     texts = [a.value for a in alternatives(value) if isinstance(a, Constant) and isinstance(a.value, str)] if value is not None else []
     return next((t for t in texts if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", t) and t.partition("/")[0] not in LOCAL), None)
 
+# %% ../nbs/13_doctor.ipynb #21eb2014
 @rule("DSK050", "unpinned", "info", "safety", "call", in_documents="pass", wrong="""
 from transformers import CLIPModel
 model = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
@@ -704,6 +712,7 @@ def unpinned(event: Event, events: list[Event]) -> Iterator[Hit]:
     if name and constant(call.keywords.get("revision", Constant(None)), "?") in (None, "main"):
         yield Hit(event.node, f"{name} is loaded without a revision", "Pin the commit: revision=\"<40 hex digits>\", or take it from the registry of this package, which keeps a lockfile")
 
+# %% ../nbs/13_doctor.ipynb #05881716
 @rule("DSK051", "remote-code", "warning", "safety", "call", in_documents="info", wrong="""
 from transformers import AutoModel
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -753,6 +762,7 @@ def catches_all(event: Event) -> bool:
     "Whether a handler takes every exception."
     return event.node.type is None or bool(paths(event.value) & {"Exception", "BaseException"})
 
+# %% ../nbs/13_doctor.ipynb #e2e10086
 @rule("DSK060", "silent-failure", "warning", "errors", "handler", wrong="""
 from transformers import AutoModel
 try:
@@ -824,3 +834,6 @@ def fix_source(where: str | Path,  # as for `scan_source`
         write_back(source.path, apply_edits(source.text, edits).encode(source.encoding))
         fixed += [f for f in found if f.edits]
     return fixed
+
+# %% ../nbs/13_doctor.ipynb #eda6e035
+ALL_RULES = [UNREADABLE, *RULES.values(), *ENVIRONMENT_RULES]
