@@ -158,6 +158,7 @@ def doctor(args: argparse.Namespace) -> int:
     "Check source code and this machine against the practices."
     from devsky_nb.doctor import ALL_RULES, RULES, check_environment, fix_source, scan_source
     from devsky_nb.findings import Findings, chosen_rules, render
+    if args.environment and args.paths: raise ValidationError(f"--environment reads no files: leave out {str(args.paths[0])!r}, or --environment")
     if args.rules: return show_rules(ALL_RULES, args.json)
     codes = chosen_rules(ALL_RULES, args.select, args.ignore)
     of_source, of_machine = ([c for c in sorted(codes) if (c < "DSK100") == source] for source in (True, False))

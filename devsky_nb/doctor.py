@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'RELEVANT', 'NOQA', 'UNREADABLE', 'SKIPPED', 'FREEZERS', 'FROZEN', 'LOADERS', 'SAME', 'DTYPES', 'FREE',
-           'FEATURES', 'EMBEDDER', 'KEEP_LENGTH', 'PRODUCTS', 'TENSOR', 'LOCAL', 'PICKLED', 'MODEL_LIBRARIES',
+           'FEATURES', 'EMBEDDER', 'KEEP_LENGTH', 'PRODUCTS', 'TENSOR', 'LOCAL', 'PICKLED', 'READS', 'LOAD_NAME',
            'ALL_RULES', 'Hit', 'SourceRule', 'rule', 'events_of', 'silenced', 'diff_of', 'severity_in', 'finding_of',
            'unreadable', 'scan_file', 'sources_in', 'scan_source', 'scan_files', 'env_too_late', 'transformers_cache',
            'leaf', 'library', 'loads', 'is_pipeline', 'creations', 'classes', 'argument', 'keyword',
@@ -748,15 +748,18 @@ def pickled_weights(event: Event, events: list[Event]) -> Iterator[Hit]:
     elif "torch.load" in names and constant(call.keywords.get("weights_only")) is False: yield Hit(keyword(call, "weights_only"), "a pickle is read without restrictions", "Convert the weights to safetensors, or leave weights_only at True")
     elif names & {"pickle.load", "joblib.load", "dill.load", "cloudpickle.load"} and pickled_path(argument(call, "file", 0)): yield Hit(event.node, "a model is read from a pickle", "Save it with save_pretrained or safetensors")
 
-# %% ../nbs/13_doctor.ipynb #5ffc2f8a
-MODEL_LIBRARIES = ("torch", "transformers", "diffusers", "huggingface_hub", "sentence_transformers")
+# %% ../nbs/13_doctor.ipynb #5ab13290
+READS = {"torch.load", "safetensors.torch.load_file", "huggingface_hub.snapshot_download", "huggingface_hub.hf_hub_download", "transformers.pipeline"}
+LOAD_NAME = re.compile(r"load_?\w*(model|pipe)|(model|pipe)\w*load|from_pretrained", re.IGNORECASE)
 
 def works_with_models(events: Iterable[Event]) -> bool:
     "Whether one of these calls loads or runs a model."
-    calls = [e.value for e in events if e.kind == "call"]
-    names = [p for c in calls for p in paths(c.function) | classes(c.function) | (classes(c.function.base) if isinstance(c.function, Attribute) else set())]
-    told = [c.node.func.attr if isinstance(c.node.func, ast.Attribute) else getattr(c.node.func, "id", "") for c in calls]
-    return any(library(n) in MODEL_LIBRARIES for n in names) or any(re.search(r"load_?\w*(model|pipe)|(model|pipe)\w*load|from_pretrained", t, re.IGNORECASE) for t in told)
+    for call in (e.value for e in events if e.kind == "call" and isinstance(e.value, Call)):
+        told = call.node.func.attr if isinstance(call.node.func, ast.Attribute) else getattr(call.node.func, "id", "")
+        model = call.function.base if isinstance(call.function, Attribute) else call.function
+        if loads(call) or paths(call.function) & READS or LOAD_NAME.search(told): return True
+        if any(loads(made) for _, made in creations(model)): return True
+    return False
 
 def catches_all(event: Event) -> bool:
     "Whether a handler takes every exception."

@@ -123,7 +123,7 @@ def cache_content(subject: Subject) -> Iterator[Told]:
         if report.incomplete: yield "warning", f"{format_bytes(report.incomplete)} of downloads did not end", "`devsky cache verify` names them, with the command for each"
         told = f"the cache holds {format_bytes(report.size)}, of which names and sizes were checked; `devsky cache verify` reads every byte"
     for p in problems: yield "error", str(p).removesuffix(f". {p.remedy}"), p.remedy
-    yield "pass", told, "Nothing to do"
+    yield "info" if problems else "pass", told, "See the findings above" if problems else "Nothing to do"
 
 @check("DSK106", "pins")
 def pins_kept(subject: Subject) -> Iterator[Told]:

@@ -1,11 +1,14 @@
 "The doctor on code of every kind: what it must find, what it must leave alone, and files that are no code at all."
-import importlib.util, json, os, re, stat, subprocess, sys, time
+import contextlib, importlib.util, io, json, os, re, shutil, stat, subprocess, sys, tempfile, time
 from pathlib import Path
 
-import nbformat, pytest
+import nbformat, pytest, yaml
+from hubcache import make_repo
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from devsky_nb.doctor import RULES, SKIPPED, fix_source, scan_file, scan_source
+from devsky_nb import environment
+from devsky_nb.cli import main
+from devsky_nb.doctor import RULES, SKIPPED, check_environment, fix_source, scan_file, scan_source
 from devsky_nb.errors import FileNotFoundError, ValidationError
 from devsky_nb.source import Source, document_parts
 
@@ -90,6 +93,7 @@ def test_a_configuration_is_followed_on_every_way_to_a_pipeline(way, scan):
     "from transformers import CLIPModel\nCLIPModel.from_pretrained('./models/clip')\nCLIPModel.from_pretrained('models/clip')\nCLIPModel.from_pretrained('/data/a/b')\nCLIPModel.from_pretrained(name)\n"
     "CLIPModel.from_pretrained('openai/clip', revision='v1.0')\nCLIPModel.from_pretrained('openai/clip', revision=commit)",
     "try: x = int(text)\nexcept: x = 0\nimport torch",
+    "import torch, huggingface_hub\ntry: n = torch.cuda.device_count(); huggingface_hub.whoami()\nexcept Exception: pass",
     "import torch\nfrom transformers import AutoModel\ntry: m = AutoModel.from_pretrained(x)\nexcept:\n  clean(); raise",
     "from transformers import AutoModel\ntry: m = AutoModel.from_pretrained(x)\nexcept Exception as e: raise MLError('failed', original_error=e)",
     "from transformers import AutoModel\ntry: m = AutoModel.from_pretrained(x)\nexcept Exception:\n  logger.exception('failed')\n  raise MLError('failed')",
@@ -347,7 +351,6 @@ def test_a_diff_can_be_applied_with_patch(tmp_path):
     file = tmp_path / "a.py"
     file.write_text(FIXABLE)
     for f in scan_source(file): assert f.diff == "" or f.diff.splitlines()[2].startswith(f"@@ -{f.line} +{f.line} @@")
-    import shutil
     if shutil.which("patch"):
         first = next(f for f in scan_source(file) if f.rule == "DSK020")
         subprocess.run(["patch", "-p0", str(file)], input=first.diff + "\n", text=True, check=True, capture_output=True)
@@ -373,3 +376,137 @@ def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValidationError, match="No space left on device. Nothing was changed"): fix_source(tmp_path / "a.py")
     assert (tmp_path / "a.py").read_text() == FIXABLE and len(list(tmp_path.iterdir())) == 1
+
+
+# what is written
+
+SHOP = "import diffusers\npipe = diffusers.FluxPipeline.from_pretrained('a/b', torch_dtype=dtype, trust_remote_code=True)\n"
+
+
+def devsky(*args, cwd):
+    "Run `devsky doctor` in this process, as a terminal in that folder would see it."
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try: status = main(["doctor", *map(str, args)])
+        except SystemExit as e: status = e.code
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+
+
+def test_sarif_has_what_github_requires(tmp_path):
+    (tmp_path / "ä b.py").write_text(SHOP + SHOP.splitlines()[1] + "\n")
+    (tmp_path / "bad.py").write_text("def f(:")
+    nbformat.write(new_notebook(cells=[new_code_cell(SHOP)]), tmp_path / "a.ipynb")
+    done = devsky(".", "--source", "--format", "sarif", cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    log = json.loads(done.stdout)
+    assert log["version"] == "2.1.0" and log["$schema"].endswith("sarif-2.1.0.json")
+    [run] = log["runs"]
+    rules = run["tool"]["driver"]["rules"]
+    assert run["tool"]["driver"]["name"] and [r["id"] for r in rules] == sorted(r["id"] for r in rules)
+    for r in rules: assert r["shortDescription"]["text"] and r["fullDescription"]["text"] and r["help"]["text"] and r["defaultConfiguration"]["level"] in ("none", "note", "warning", "error")
+    for r in run["results"]:
+        assert rules[r["ruleIndex"]]["id"] == r["ruleId"] and r["message"]["text"] and r["level"] in ("note", "warning", "error")
+        place = r["locations"][0]["physicalLocation"]
+        assert re.fullmatch(r"[\w./%-]+", place["artifactLocation"]["uri"]) and place["region"]["startLine"] >= 1 and place["region"]["startColumn"] >= 1
+    prints = [r["partialFingerprints"]["devskyDoctor/v1"] for r in run["results"]]
+    assert len(prints) == len(set(prints)) == 10
+    notebook = (tmp_path / "a.ipynb").read_text().splitlines()
+    lines = [r["locations"][0]["physicalLocation"]["region"]["startLine"] for r in run["results"] if "ipynb" in r["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]]
+    assert all("from_pretrained" in notebook[n - 1] for n in lines) and lines
+
+
+def test_github_annotations_cannot_be_forged(tmp_path):
+    evil = tmp_path / "a,title=x::b%0A.py"
+    evil.write_text(SHOP)
+    done = devsky(evil.name, "--source", "--format", "github", "--select", "DSK051", cwd=tmp_path)
+    assert done.stdout.startswith("::warning file=a%2Ctitle=x%3A%3Ab%250A.py,line=2,col=") and done.stdout.count("\n") == 1
+
+
+def test_exit_status_and_streams(tmp_path):
+    (tmp_path / "good.py").write_text("x = 1\n")
+    (tmp_path / "note.py").write_text("import transformers as t\nt.AutoModel.from_pretrained('a/b')\n")
+    (tmp_path / "bad.py").write_text(SHOP)
+    status = lambda *a: devsky(*a if "--environment" in a else ("--source", *a), cwd=tmp_path).returncode
+    assert status("good.py") == 0 and status("note.py") == 0 and status("bad.py") == 1 and status() == 1 and status("good.py", "bad.py") == 1
+    assert status("note.py", "--select", "DSK050") == 1 and status("bad.py", "--ignore", "DSK051,DSK050", "--ignore", "DSK020") == 0
+    for wrong in (["no-such.py"], ["--select", "E501"], ["--select", ""], ["--environment", "."], ["--format", "xml"], ["--budget", "much", "--plan", "tiny-clip", "--environment"]):
+        assert status(*wrong) == 2, wrong
+    assert {f["rule"] for f in json.loads(devsky("--source", "--json", "bad.py", cwd=tmp_path).stdout)} == {"DSK020", "DSK050", "DSK051"}
+    assert "-pipe" in devsky("--source", "--diff", "bad.py", cwd=tmp_path).stdout and (tmp_path / "bad.py").read_text() == SHOP
+    fixed = devsky("--source", "--fix", "bad.py", cwd=tmp_path)
+    assert fixed.stderr == "bad.py: 1 fixed\n" and "torch_dtype" not in (tmp_path / "bad.py").read_text()
+    assert "DSK111" in devsky("--rules", cwd=tmp_path).stdout
+
+
+def test_the_hook_is_a_command_that_exists(tmp_path):
+    [hook] = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    assert {"id", "name", "entry", "language", "types_or"} <= set(hook)
+    (tmp_path / "a.py").write_text("x = 1\n")
+    assert hook["entry"].split()[:2] == ["devsky", "doctor"] and devsky(*hook["entry"].split()[2:], "a.py", cwd=tmp_path).returncode == 0
+
+
+# the machine
+
+def told(code, *args, **kwargs): return [(f.severity, f.message) for f in check_environment(*args, select=[code], **kwargs)]
+
+
+def test_every_finding_about_the_machine_has_a_remedy(tmp_path):
+    found = check_environment(tmp_path, ignore=["DSK111"])
+    assert {f.rule for f in found} == set(environment.CHECKS) - {"DSK111"} and all(f.fix and f.message and f.severity in ("pass", "info", "warning", "error") for f in found)
+
+
+def test_versions_that_do_not_go_together(monkeypatch):
+    real = environment.metadata.version
+    monkeypatch.setattr(environment.metadata, "version", lambda name: "0.1.0" if name in ("huggingface_hub", "huggingface-hub") else real(name))
+    assert any(s == "error" and "needs huggingface" in m and "0.1.0 is installed" in m for s, m in told("DSK101"))
+
+
+def test_the_cache_and_why_it_is_there(tmp_path, monkeypatch):
+    code = "from devsky_nb.doctor import check_environment as c; print(*[(f.severity, f.message) for f in c(select=['DSK102'])], sep='\\n')"
+    run = lambda **env: subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={k: v for k, v in os.environ.items() if not k.startswith("HF_")} | {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)} | env).stdout
+    assert "no variable is set" in run() and f"{tmp_path}/.cache/huggingface/hub" in run()
+    assert "x/hub: HF_HOME is set" in run(HF_HOME=str(tmp_path / "x"))
+    both = run(HF_HOME=str(tmp_path / "x"), HF_HUB_CACHE=str(tmp_path / "y"), TRANSFORMERS_CACHE="/z")
+    assert "y: HF_HUB_CACHE is set" in both and "TRANSFORMERS_CACHE=/z is read by no library" in both and both.count("'warning'") == 2
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    def refuse(**kwargs): raise OSError(30, "Read-only file system")
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    assert told("DSK103", tmp_path) == [("error", f"{tmp_path} cannot be written: Read-only file system")]
+
+
+def test_broken_blobs_and_bare_pins(tmp_path, monkeypatch):
+    old, new = "a" * 40, "b" * 40
+    repo = make_repo(tmp_path, "shop/model", {old: {"config.json": b"{}"}, new: {"model.safetensors": b"1" * 5000}}, {"main": new})
+    assert [s for s, _ in told("DSK105", tmp_path)] == ["pass"]
+    assert told("DSK106", tmp_path) == [("info", "shop/model at aaaaaaaa has no ref: `hf cache prune` would delete it")]
+    (tmp_path.parent / f"{tmp_path.name}-models.lock.json").write_text(json.dumps({"models": {"clip": [{"stage": "production", "commit": old, "repo_id": "shop/model", "patterns": [], "locked_at": "now"}]}}))
+    [pin] = check_environment(tmp_path, select=["DSK106"])
+    assert pin.severity == "warning" and pin.fix == f"`devsky cache pin shop/model {old} clip` keeps it"
+    blob = max((repo / "blobs").iterdir(), key=lambda p: p.stat().st_size)
+    blob.write_bytes(b"1" * 4999 + b"2")
+    (repo / "blobs" / "x.incomplete").write_bytes(b"half")
+    found = told("DSK105", tmp_path)
+    assert any("damaged" in m and "model.safetensors" in m for s, m in found) and any("did not end" in m for s, m in found)
+    monkeypatch.setattr(environment, "READ_AT_MOST", -1)
+    (repo / "snapshots" / new / "model.safetensors").unlink(); (repo / "snapshots" / new / "model.safetensors").symlink_to("../../blobs/gone")
+    found = told("DSK105", tmp_path)
+    assert any("did not end" in m for s, m in found) and any("the link leads nowhere" in m for s, m in found) and "reads every byte" in found[-1][1]
+
+
+def test_processors_kernels_and_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "processor_flags", lambda: {"avx512_bf16"})
+    monkeypatch.setattr(environment.metadata, "version", lambda name: "1.0")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert told("DSK109")[0][0] == "info" and told("DSK110")[0][0] == "warning"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert told("DSK110")[0][0] == "pass"
+    assert told("DSK108", model="clip-vit-large", budget="512MiB")[0][0] == "error"
+
+
+def test_a_round_trip_in_4_bits_really_runs(monkeypatch):
+    [(severity, message)] = told("DSK111")
+    assert severity == "pass" and "runs and reads back the same on c" in message
+    monkeypatch.setattr(environment, "ROUND_TRIP", environment.ROUND_TRIP.replace('quant_type="nf4"', 'quant_type="nf5"'))
+    assert "failed" in told("DSK111")[0][1]
