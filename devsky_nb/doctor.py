@@ -10,10 +10,11 @@ __all__ = ['RULES', 'RELEVANT', 'NOQA', 'UNREADABLE', 'SKIPPED', 'FREEZERS', 'FR
            'leaf', 'library', 'loads', 'is_pipeline', 'creations', 'classes', 'argument', 'keyword',
            'config_on_pipeline', 'load_in_on_pipeline', 'bnb_settings', 'backend_and_flag', 'both_flags',
            'no_components', 'fp4_by_default', 'torch_dtype', 'two_dtypes', 'alias', 'string_dtype', 'cast_of',
-           'dtype_of', 'fp32_vae', 'is_quantized', 'cast_of_quantized', 'attention_slicing', 'on_mps',
-           'removed_vae_switch', 'unet_cache', 'gradients_in_a_loop', 'training', 'clip_from_diffusers',
-           'cls_as_embedding', 'raw_features', 'model_of', 'not_normalised', 'features_are_an_object', 'text_model',
-           'hub_id', 'unpinned', 'remote_code', 'pickled_path', 'pickled_weights', 'works_with_models', 'catches_all',
+           'dtype_of', 'keeps_vae_dtype', 'fp32_vae', 'quantized_load', 'quantizes_part', 'is_quantized',
+           'cast_of_quantized', 'attention_slicing', 'on_mps', 'removed_vae_switch', 'unet_cache',
+           'gradients_in_a_loop', 'training', 'uses', 'training_mode', 'clip_from_diffusers', 'cls_as_embedding',
+           'raw_features', 'model_of', 'not_normalised', 'features_are_an_object', 'text_model', 'hub_id', 'unpinned',
+           'remote_code', 'pickled_path', 'names_a_model', 'pickled_weights', 'works_with_models', 'catches_all',
            'silent_failure', 'lost_cause', 'tells_the_log', 'write_back', 'fix_source']
 
 # %% ../nbs/13_doctor.ipynb #8a231a41
@@ -427,7 +428,11 @@ def dtype_of(value: Value | None, depth: int = 0) -> str | None:  # None: unknow
             return "float32" if dtype is None else leaf(path(dtype)) or None
     return None
 
-# %% ../nbs/13_doctor.ipynb #722e8975
+# %% ../nbs/13_doctor.ipynb #e41c98ea
+def keeps_vae_dtype(cls: str) -> bool:
+    "Whether a pipeline decodes latents in the dtype that they have, as those with a UNet do."
+    return is_pipeline(cls) and re.fullmatch(r"StableDiffusion(?!3)\w*Pipeline|DiffusionPipeline|AutoPipelineFor\w+", leaf(cls)) is not None
+
 @rule("DSK023", "fp32-vae", "error", "dtype", "call", wrong="""
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
@@ -444,22 +449,37 @@ pipe = StableDiffusionXLPipeline.from_pretrained(folder, vae=vae, dtype=torch.fl
 def fp32_vae(event: Event, events: list[Event]) -> Iterator[Hit]:
     "A part that is given is not cast, and a float32 VAE cannot decode what a half-precision UNet made."
     call = event.value
+    match call:
+        case Call(function=Attribute(Attribute(pipe, "vae"))) if cast_of(call) == "float32" and dtype_of(pipe) in ("float16", "bfloat16") and any(map(keeps_vae_dtype, classes(pipe))):
+            yield Hit(event.node, f"the VAE becomes float32, the UNet is {dtype_of(pipe)}", "Leave the VAE as it is: SDXL's pipeline casts it for decoding by itself")
     if "vae" not in call.keywords: return
     targets = loads(call) or sorted(paths(call.function))
-    if not any(re.fullmatch(r"StableDiffusion(?!3)\w*Pipeline|DiffusionPipeline|AutoPipelineFor\w+", leaf(c)) for c in targets if is_pipeline(c)): return
+    if not any(map(keeps_vae_dtype, targets)): return
     vae, half = call.keywords["vae"], {dtype_of(call), dtype_of(call.keywords.get("unet"))} & {"float16", "bfloat16"}
     if half and {leaf(c) for c in classes(vae)} == {"AutoencoderKL"} and dtype_of(vae) == "float32":
         yield Hit(keyword(call, "vae"), f"the VAE is float32, the UNet {min(half)}", f"Load the VAE with dtype=torch.{min(half)} as well")
 
-# %% ../nbs/13_doctor.ipynb #2f019e91
+# %% ../nbs/13_doctor.ipynb #e2bd6e16
+def quantized_load(cls: str, call: Call) -> bool:
+    "Whether a call certainly loads a quantized model."
+    config = call.keywords.get("quantization_config")
+    if not loads(call) or is_pipeline(cls): return False
+    return config is not None and all(classes(a) for a in alternatives(config)) or any(constant(call.keywords.get(f"load_in_{b}bit")) is True for b in (4, 8))
+
+def quantizes_part(call: Call, part: str) -> bool:
+    "Whether a call certainly loads a pipeline of which this component is quantized."
+    configs = creations(call.keywords.get("quantization_config", Value()))
+    lists = [argument(c, "components_to_quantize", 2) for cls, c in configs if leaf(cls) == "PipelineQuantizationConfig"]
+    return bool(lists) and all(isinstance(l, Sequence) and part in [constant(i) for i in l.items] for l in lists)
+
 def is_quantized(value: Value) -> bool:
     "Whether a model certainly comes from a quantized load."
+    match value:
+        case Attribute(base, part) if (made := creations(base)): return all(quantizes_part(call, part) for _, call in made)
     made = creations(value)
-    def quantized(cls: str, call: Call) -> bool:
-        config = call.keywords.get("quantization_config")
-        return bool(loads(call)) and not is_pipeline(cls) and (config is not None and all(classes(a) for a in alternatives(config)) or any(constant(call.keywords.get(f"load_in_{b}bit")) is True for b in (4, 8)))
-    return bool(made) and all(quantized(*m) for m in made)
+    return bool(made) and all(quantized_load(*m) for m in made)
 
+# %% ../nbs/13_doctor.ipynb #a5a5ecd8
 @rule("DSK024", "cast-of-quantized", "error", "dtype", "call", wrong="""
 from transformers import AutoModel, BitsAndBytesConfig
 
@@ -530,14 +550,15 @@ def unet_cache(event: Event, events: list[Event]) -> Iterator[Hit]:
     "Caching between steps exists for transformers; UNet2DConditionModel has no enable_cache."
     match event.value:
         case Attribute(base, "enable_cache"):
-            of_pipeline = isinstance(base, Attribute) and base.name == "unet"
-            if of_pipeline or any(leaf(c).startswith("UNet") and library(c) == "diffusers" for c in classes(base)): yield Hit(event.node, "a UNet has no enable_cache", "Leave it out, or use a pipeline with a transformer")
+            named = isinstance(base, Attribute) and base.name == "unet" or isinstance(event.node.value, ast.Name) and event.node.value.id == "unet"
+            if named or any(leaf(c).startswith("UNet") and library(c) == "diffusers" for c in classes(base)): yield Hit(event.node, "a UNet has no enable_cache", "Leave it out, or use a pipeline with a transformer")
 
 # %% ../nbs/13_doctor.ipynb #f8adb511
 FREE = {"torch.no_grad", "torch.inference_mode", "torch.set_grad_enabled", "torch.autograd.no_grad", "torch.autograd.grad_mode.no_grad", "torch.autograd.grad_mode.inference_mode"}
 FEATURES = ("get_image_features", "get_text_features")
 EMBEDDER = re.compile(r"transformers\.(.*\.)?((Chinese|Alt|Meta)?CLIP|Siglip|Align|Dinov|ViT|Auto|Blip)\w*Model(WithProjection)?")
 
+# %% ../nbs/13_doctor.ipynb #39d115fa
 @rule("DSK033", "gradients-in-a-loop", "warning", "inference", "call", wrong="""
 from transformers import CLIPModel
 model = CLIPModel.from_pretrained(folder)
@@ -560,7 +581,36 @@ def gradients_in_a_loop(event: Event, events: list[Event]) -> Iterator[Hit]:
 
 def training(events: list[Event]) -> bool:
     "Whether a program trains, and so needs its gradients."
-    return any(e.kind == "attribute" and e.node.attr in ("backward", "zero_grad") for e in events)
+    return uses(events, "backward", "zero_grad")
+
+def uses(events: list[Event], *names: str) -> bool:
+    "Whether an attribute of such a name occurs anywhere in a program."
+    return any(e.kind == "attribute" and e.node.attr in names for e in events)
+
+# %% ../nbs/13_doctor.ipynb #cc91dd84
+@rule("DSK034", "training-mode", "warning", "inference", "call", wrong="""
+import torch
+from transformers import CLIPConfig, CLIPModel
+model = CLIPModel(CLIPConfig())
+model.load_state_dict(weights)
+with torch.inference_mode():
+    vectors = [model.get_image_features(**batch).pooler_output for batch in batches]
+""", right="""
+import torch
+from transformers import CLIPConfig, CLIPModel
+model = CLIPModel(CLIPConfig())
+model.load_state_dict(weights)
+model.eval()
+with torch.inference_mode():
+    vectors = [model.get_image_features(**batch).pooler_output for batch in batches]
+""")
+def training_mode(event: Event, events: list[Event]) -> Iterator[Hit]:
+    "A model that is built, and not loaded by from_pretrained, is in training mode: dropout makes its vectors random."
+    function = event.value.function
+    model = function.base if isinstance(function, Attribute) and function.name in FEATURES else function
+    made = [(cls, call) for cls, call in creations(model) if EMBEDDER.fullmatch(cls)]
+    if not made or any(loads(call) for _, call in made) or training(events) or uses(events, "eval"): return
+    if any(loop for loop, _ in circumstances(event)): yield Hit(event.node, "a model runs in training mode", "Call model.eval() after the weights are loaded")
 
 # %% ../nbs/13_doctor.ipynb #fbeac0a8
 @rule("DSK040", "clip-from-diffusers", "error", "CLIP", "import attribute", wrong="""
@@ -637,6 +687,7 @@ def not_normalised(event: Event, events: list[Event]) -> Iterator[Hit]:
     "The product of two vectors is their cosine only if both have length 1, and CLIP's features have not."
     match event.value:
         case Operation("MatMult", operands): pass
+        case Operation("Mult", operands) if all(raw_features(o) is not None for o in operands): pass
         case Call(function=Attribute(base, "matmul" | "mm" | "dot" | "inner"), args=args): operands = (base, *args)
         case Call(function=Attribute(base, "add" | "search"), args=args) if any(leaf(c) == "IndexFlatIP" for c in classes(base)): operands = args
         case Call(function=Name(p), args=args) if p in PRODUCTS: operands = args
@@ -683,8 +734,9 @@ def text_model(event: Event, events: list[Event]) -> Iterator[Hit]:
     "In transformers 5 CLIPTextModel and CLIPVisionModel are the networks themselves, with no text_model or vision_model inside."
     match event.value:
         case Attribute(base, "text_model" | "vision_model" as name):
-            for cls in {"text_model": "CLIPTextModel", "vision_model": "CLIPVisionModel"}[name], :
-                if {leaf(c) for c in classes(base)} == {cls}: yield Hit(event.node, f"{cls} has no {name} any more", f"Leave .{name} out: its layers are attributes of the model")
+            cls = {"text_model": "CLIPTextModel", "vision_model": "CLIPVisionModel"}[name]
+            of_pipeline = isinstance(base, Attribute) and base.name == "text_encoder" and {leaf(c) for c in classes(base.base)} <= {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
+            if {leaf(c) for c in classes(base)} == {cls} or of_pipeline and classes(base.base): yield Hit(event.node, f"{cls} has no {name} any more", f"Leave .{name} out: its layers are attributes of the model")
 
 # %% ../nbs/13_doctor.ipynb #3fc4df59
 LOCAL = {"model", "models", "checkpoint", "checkpoints", "ckpt", "weights", "output", "outputs", "data", "results", "runs", "tmp", "artifacts", "local", "path", "assets", ".", ".."}
@@ -734,6 +786,10 @@ def pickled_path(value: Value | None) -> bool:
     opened = [a.args[0] for a in alternatives(value) if isinstance(a, Call) and path(a.function) == "open" and a.args] if value is not None else []
     return any(isinstance(a, Constant) and str(a.value).lower().endswith(PICKLED) for v in (value, *opened) if v is not None for a in alternatives(v))
 
+def names_a_model(node: ast.Call) -> bool:
+    "Whether the argument of a call says that it is a model."
+    return bool(node.args) and re.search("model|weights|pipeline", ast.unparse(node.args[0]), re.IGNORECASE) is not None
+
 @rule("DSK052", "pickled-weights", "warning", "safety", "call", wrong="""
 import torch
 weights = torch.load("model.pt", weights_only=False)
@@ -746,7 +802,7 @@ def pickled_weights(event: Event, events: list[Event]) -> Iterator[Hit]:
     call, names = event.value, paths(event.value.function)
     if loads(call) and constant(call.keywords.get("use_safetensors")) is False: yield Hit(keyword(call, "use_safetensors"), "pickled weights are preferred", "Leave use_safetensors out, or set it to True")
     elif "torch.load" in names and constant(call.keywords.get("weights_only")) is False: yield Hit(keyword(call, "weights_only"), "a pickle is read without restrictions", "Convert the weights to safetensors, or leave weights_only at True")
-    elif names & {"pickle.load", "joblib.load", "dill.load", "cloudpickle.load"} and pickled_path(argument(call, "file", 0)): yield Hit(event.node, "a model is read from a pickle", "Save it with save_pretrained or safetensors")
+    elif names & {"pickle.load", "joblib.load", "dill.load", "cloudpickle.load"} and (pickled_path(argument(call, "file", 0)) or names_a_model(event.node)): yield Hit(event.node, "a model is read from a pickle", "Save it with save_pretrained or safetensors")
 
 # %% ../nbs/13_doctor.ipynb #5ab13290
 READS = {"torch.load", "safetensors.torch.load_file", "huggingface_hub.snapshot_download", "huggingface_hub.hf_hub_download", "transformers.pipeline"}
