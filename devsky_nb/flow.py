@@ -98,10 +98,12 @@ class Parameter(Value):
     default: Value | None = None
     open = True
 
+# %% ../nbs/12c_flow.ipynb #3ba2de69
 @dataclass(eq=False)
 class Class(Value):
     bases: tuple[Value, ...]
     members: dict[str, Value] = field(default_factory=dict)  # methods, and what is assigned in the class or to self
+    assigned: dict[str, list[Function]] = field(default_factory=dict)  # attribute -> methods that assign it
 
 @dataclass(frozen=True, eq=False)
 class Instance(Value):
@@ -488,9 +490,8 @@ def walk(self: Walker, function: Function) -> None:
 @patch
 def prepare(self: Walker, cls: Class, name: str) -> None:
     "Walk the methods that assign an attribute, before it is asked for."
-    if name in cls.members: return
-    for method in [m for m in cls.members.values() if isinstance(m, Function) and m not in self.stack]:
-        if any(isinstance(n, ast.Attribute) and n.attr == name and isinstance(n.ctx, ast.Store) for n in ast.walk(method.node)): self.walk(method)
+    for method in cls.assigned.get(name, ()) if name not in cls.members else ():
+        if method not in self.stack: self.walk(method)
 
 # %% ../nbs/12c_flow.ipynb #8bda6cfb
 def circumstances(event: Event, depth: int = 0) -> list[tuple[bool, set[str]]]:  # in a loop, managers; for each way to get there
@@ -665,6 +666,8 @@ def do_classdef(self: Walker, node: ast.ClassDef, scope: Scope) -> None:
         if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef): inner.set(statement.name, self.define(statement, scope, cls))
         else: self.run([statement], inner)
     cls.members = inner.names
+    for method in (m for m in cls.members.values() if isinstance(m, Function)):
+        for n in {n.attr for n in ast.walk(method.node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}: cls.assigned.setdefault(n, []).append(method)
     self.waiting.sort(key=lambda f: f.owner is cls and f.node.name != "__init__")
     scope.set(node.name, cls)
 
