@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['RULES', 'RELEVANT', 'NOQA', 'UNREADABLE', 'SKIPPED', 'FREEZERS', 'FROZEN', 'LOADERS', 'SAME', 'DTYPES', 'FREE',
            'FEATURES', 'EMBEDDER', 'KEEP_LENGTH', 'PRODUCTS', 'TENSOR', 'LOCAL', 'PICKLED', 'READS', 'LOAD_NAME',
-           'ALL_RULES', 'Hit', 'SourceRule', 'rule', 'events_of', 'silenced', 'diff_of', 'severity_in', 'finding_of',
-           'unreadable', 'scan_file', 'sources_in', 'scan_source', 'scan_files', 'env_too_late', 'transformers_cache',
-           'leaf', 'library', 'loads', 'is_pipeline', 'creations', 'classes', 'argument', 'keyword',
-           'config_on_pipeline', 'load_in_on_pipeline', 'bnb_settings', 'backend_and_flag', 'both_flags',
+           'ALL_RULES', 'Hit', 'SourceRule', 'rule', 'events_of', 'silenced', 'diff_of', 'shown', 'severity_in',
+           'finding_of', 'unreadable', 'scan_file', 'sources_in', 'scan_source', 'scan_files', 'env_too_late',
+           'transformers_cache', 'leaf', 'library', 'loads', 'is_pipeline', 'creations', 'classes', 'argument',
+           'keyword', 'config_on_pipeline', 'load_in_on_pipeline', 'bnb_settings', 'backend_and_flag', 'both_flags',
            'no_components', 'fp4_by_default', 'torch_dtype', 'two_dtypes', 'alias', 'string_dtype', 'cast_of',
            'dtype_of', 'keeps_vae_dtype', 'fp32_vae', 'quantized_load', 'quantizes_part', 'is_quantized',
            'cast_of_quantized', 'attention_slicing', 'on_mps', 'removed_vae_switch', 'unet_cache',
@@ -25,10 +25,10 @@ from pathlib import Path
 
 from .environment import ENVIRONMENT_RULES, check_environment
 from .errors import FileNotFoundError, ValidationError
-from .findings import Finding, Findings, Rule, chosen_rules, render
-from .flow import (Attribute, Call, Choice, Constant, Event, Instance, Item, Mapping, Name, Operation, Parameter, Sequence, Value, alternatives,
-                            circumstances, constant, follow, path, paths)
-from .source import READERS, Edit, Part, Source, Unreadable, apply_edits, parse, parse_cell, read_source, replace_node, split_lines
+from .findings import Finding, Findings, Rule, chosen_rules
+from .flow import (Attribute, Call, Choice, Constant, Event, Instance, Item, Mapping, Name, Operation, Sequence, Value, alternatives, circumstances,
+                             constant, follow, path, paths)
+from .source import READERS, Part, Source, Unreadable, apply_edits, parse, parse_cell, read_source, replace_node, split_lines
 
 # %% ../nbs/13_doctor.ipynb #4c211809
 @dataclass(frozen=True)
@@ -92,14 +92,18 @@ def diff_of(name: str, part: Part, edit_node: ast.AST, new: str, old: str | None
     head = [f"--- {name}", f"+++ {name}", f"@@ -{line}{size(last - first)} +{line}{size(end - first)} @@"]
     return "\n".join([*head, *(f"-{l}" for l in before[first:last]), *(f"+{l}" for l in after[first:end])])
 
-# %% ../nbs/13_doctor.ipynb #5f5c37f2
+# %% ../nbs/13_doctor.ipynb #09fd6799
+def shown(path: Path) -> str:
+    "A path that can be printed, whatever its bytes are."
+    return os.fsencode(path.as_posix()).decode(errors="replace")
+
 def severity_in(rule: SourceRule, source: Source) -> str:
     "How serious a rule is in a file."
     return rule.in_documents or rule.severity if source.path.suffix == ".md" else rule.severity
 
 def finding_of(source: Source, event: Event, rule: SourceRule, hit: Hit) -> Finding:
     "A hit as it is reported."
-    part, name = event.part, source.path.as_posix()
+    part, name = event.part, shown(source.path)
     line, column = part.place(hit.node.lineno, part.offset(hit.node.lineno, hit.node.col_offset) - (start := part.starts[hit.node.lineno - 1]))
     edits, diff, file_line = (), "", line
     if hit.change is not None:
@@ -115,17 +119,15 @@ def unreadable(source: Source, part: Part | None, problem: Unreadable) -> Findin
     line = part.place(min(problem.line, len(part.lines)), 0)[0] if part else problem.line
     in_document = part is not None and source.path.suffix == ".md"
     what = f"cell {part.cell}" if part and part.cell else "this block" if in_document else "this file"
-    return Finding("DSK000", source.path.as_posix(), line, 1, part.cell if part else None, f"{what} {problem.reason}", "Repair it, or leave it out of the scan: nothing in it was checked",
+    return Finding("DSK000", shown(source.path), line, 1, part.cell if part else None, f"{what} {problem.reason}", "Repair it, or leave it out of the scan: nothing in it was checked",
                    "info" if in_document else "error", file_line=line)
 
 # %% ../nbs/13_doctor.ipynb #0ad9ea51
 def scan_file(source: Source, codes: set[str]) -> list[Finding]:
     "Apply rules to a file."
     events, problems = events_of(source)
+    problems += [(e.part, Unreadable("holds an expression that is nested too deeply to be followed", e.node.lineno)) for e in events if e.kind == "too deep"]
     found = {("DSK000", i): unreadable(source, *p) for i, p in enumerate(problems)} if "DSK000" in codes else {}
-    if any(e.kind == "too deep" for e in events):
-        problems = [(e.part, Unreadable("holds an expression that is nested too deeply to be followed", e.node.lineno)) for e in events if e.kind == "too deep"]
-        found |= {("DSK000", id(p), e.line): unreadable(source, p, e) for p, e in problems}
     rules = {kind: [r for r in RULES.values() if kind in r.kinds and r.code in codes and severity_in(r, source) != "pass"] for kind in {e.kind for e in events}}
     for e in events:
         for r in rules[e.kind]:
@@ -514,8 +516,9 @@ def attention_slicing(event: Event, events: list[Event]) -> Iterator[Hit]:
 
 def on_mps(value: Value) -> bool:
     "Whether a model was certainly moved to Apple's GPU, where slicing can help."
-    match value:
-        case Call(function=Attribute(base, name), args=args): return name == "to" and any(constant(a) == "mps" for a in args) or on_mps(base)
+    while isinstance(value, Call) and isinstance(value.function, Attribute):
+        if value.function.name == "to" and any(constant(a) == "mps" for a in value.args): return True
+        value = value.function.base
     return False
 
 # %% ../nbs/13_doctor.ipynb #f5b2f3ce

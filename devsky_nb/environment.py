@@ -202,7 +202,7 @@ print(f"{device}: off by {error:.1%}")
 @check("DSK111", "4-bit-round-trip")
 def round_trip(subject: Subject) -> Iterator[Told]:
     "Whether 4 bits work here is known when a layer has run."
-    remedy = "Reinstall bitsandbytes and PyTorch in the versions of constraints.txt; until then load without quantization"
+    remedy = "Reinstall bitsandbytes and PyTorch in versions that go together (DSK101 names them); until then load without quantization"
     try: done = subprocess.run([sys.executable, "-c", ROUND_TRIP], capture_output=True, text=True, timeout=180, env=os.environ | {"HF_HUB_OFFLINE": "1"})
     except subprocess.TimeoutExpired: yield "error", "a 4-bit layer did not come to an end within 3 minutes", remedy
     else:

@@ -659,6 +659,7 @@ def do_functiondef(self: Walker, node: ast.FunctionDef | ast.AsyncFunctionDef, s
 
 Walker.do_asyncfunctiondef = Walker.do_functiondef
 
+# %% ../nbs/12c_flow.ipynb #c26fb508
 @patch
 def do_classdef(self: Walker, node: ast.ClassDef, scope: Scope) -> None:
     cls, inner = Class(tuple(self.look(b, scope) for b in node.bases)), Scope(parent=scope)

@@ -110,6 +110,9 @@ def test_demo_writes_its_reports_and_names_every_broken_file(tmp_path):
     (["validate", "nbs", "--model", "tiny-clip", "--contract", "no-such.yaml"], "no-such.yaml"),
     (["cache", "evict", "--max-size", "plenty"], "no size in 'plenty'"),
     (["models", "prefetch", "../etc"], "../etc"),
+    (["doctor", "no-such-file.py", "--source"], "no-such-file.py"),
+    (["doctor", "nbs", "--environment"], "--environment reads no files"),
+    (["doctor", "--source", "--select", "E501"], "no rule 'E501'"),
 ])
 def test_wrong_calls_exit_with_2_and_one_helpful_line(args, says, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -253,6 +253,21 @@ def test_a_deep_expression_does_not_hide_the_rest(scan):
     assert ("DSK051", 3) in found and set(found) <= {("DSK000", 2), ("DSK051", 3)}
 
 
+def test_long_chains_are_followed(scan):
+    code = "import diffusers\np = diffusers.FluxPipeline.from_pretrained(x)\n" + "p = p.to('cuda')\n" * 3000 + "p.enable_attention_slicing()\np.transformer.half()\nimport torch\np @ p\n"
+    assert scan(code) == [("DSK030", 3003)]
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are bytes")
+def test_names_and_texts_that_are_no_unicode(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff.py")).write_text(SHOP)
+    (tmp_path / "a.ipynb").write_text('{"cells": [{"cell_type": "code", "source": "x = \'\\ud800\'"}]}')
+    for form in ("text", "json", "sarif", "github"):
+        done = devsky(".", "--source", "--format", form, cwd=tmp_path)
+        assert done.returncode == 1 and "DSK000" in done.stdout and "DSK051" in done.stdout and done.stdout.encode()
+    assert devsky(".", "--source", "--fix", cwd=tmp_path).stderr == ".: 1 fixed\n"
+
+
 def test_values_that_grow_do_not_cost_time(scan):
     doubling = "import torch\nx = torch.zeros(1)\n" + "x = f(x, x)\n" * 400 + "def f(a, b): return g(a, a, b, b)\ndef g(a, b, c, d): return h(a, b) + h(c, d)\ndef h(a, b): return f(a, b) + f(b, a)\n" + "f(1, 2)\n" * 50
     start = time.process_time()
@@ -515,5 +530,5 @@ def test_processors_kernels_and_memory(tmp_path, monkeypatch):
 def test_a_round_trip_in_4_bits_really_runs(monkeypatch):
     [(severity, message)] = told("DSK111")
     assert severity == "pass" and "runs and reads back the same on c" in message
-    monkeypatch.setattr(environment, "ROUND_TRIP", environment.ROUND_TRIP.replace('quant_type="nf4"', 'quant_type="nf5"'))
-    assert "failed" in told("DSK111")[0][1]
+    monkeypatch.setattr(environment, "ROUND_TRIP", "raise SystemExit('no kernel for this processor')")
+    assert told("DSK111") == [("error", "a 4-bit layer failed: no kernel for this processor")]
