@@ -31,13 +31,15 @@ prepare: .venv/dev  ## after editing notebooks: export modules, clean notebooks,
 	nbdev_clean
 	python tools/readme.py
 
-bench: .venv/dev  ## the side-by-side measurements in benchmarks/
-	python benchmarks/embedding.py
+bench: .venv/dev .venv-peers/done  ## the side-by-side measurements in benchmarks/
+	python benchmarks/embedding.py --peers-python .venv-peers/bin/python
+	python benchmarks/preprocessing.py
+	python benchmarks/search.py
 	python benchmarks/quantize_once.py
 	python benchmarks/monitor.py
 
 clean:  ## remove the environment and everything generated beside the sources
-	rm -rf .venv demo build _proc _docs *.egg-info
+	rm -rf .venv .venv-peers demo build _proc _docs *.egg-info
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "devsky_nb needs Python 3.11, 3.12 or 3.13 with the venv module; none was found on PATH" >&2; exit 1; }
@@ -47,10 +49,15 @@ clean:  ## remove the environment and everything generated beside the sources
 	$(PIP) --editable .
 	@touch $@
 
-.venv/dev: .venv/run
+.venv/dev: .venv/bin/python settings.ini setup.py constraints.txt
 	$(PIP) --editable '.[dev]'
-	@touch $@
+	@touch .venv/run $@
 
 .venv/lab: .venv/dev
 	$(PIP) --editable '.[dev,lab]'
+	@touch $@
+
+.venv-peers/done: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check --requirement benchmarks/peers.txt
 	@touch $@

@@ -273,7 +273,9 @@ def table(r: dict) -> str:
 
 def receipt_line(setup: dict) -> str:
     "What a side settled on before the job."
-    return f"its trial took {setup['seconds']:.0f} s and chose {setup['receipt']['choice']}: {setup['receipt']['reason']}"
+    receipt = setup["receipt"]
+    scaled = f", JPEGs decoded smaller (at least {receipt['least']} pixels)" if receipt["least"] else ""
+    return f"its trial took {setup['seconds']:.0f} s and chose {receipt['route']}{scaled}: {receipt['reason']}"
 
 
 def reading(r: dict) -> list[str]:

@@ -11,6 +11,7 @@ __all__ = ['COMMANDS', 'GROUPS', 'emit', 'add_model_options', 'make_embedder', '
 # %% ../nbs/15_cli.ipynb #cb549a4f
 import argparse, json, sys, warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import devsky_nb
@@ -49,8 +50,9 @@ def embed(args: argparse.Namespace) -> int:
     from devsky_nb.sources import open_source
     source = open_source(args.source, args.column, args.id_column)
     embedder = make_embedder(args, output=args.output, precision=args.precision)
-    report = embed_images(source, args.out, embedder, resume=not args.anew, engine=args.engine, batch_size=args.batch_size, shard_rows=args.shard_rows,
-                          dtype=args.dtype, progress=not args.quiet)
+    with redirect_stdout(sys.stderr):  # Ray says there what happens to its workers
+        report = embed_images(source, args.out, embedder, resume=not args.anew, engine=args.engine, batch_size=args.batch_size,
+                              shard_rows=args.shard_rows, dtype=args.dtype, progress=not args.quiet)
     emit(report, args.json)
     return 0 if report.embedded else 1
 
@@ -64,7 +66,7 @@ def embed_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--column", metavar="NAME", help="of a Parquet source: where the images are (default: found)")
     parser.add_argument("--id-column", metavar="NAME", help="of a Parquet source: unique ids (default: file and row)")
     parser.add_argument("--output", default="projected", help="projected, pooled or cls (default: %(default)s)")
-    parser.add_argument("--precision", default="auto", help="auto (exact fp32), fp32, bf16, fp16 (default: %(default)s)")
+    parser.add_argument("--precision", default="auto", help="fp32, bf16, fp16, or auto: what is fastest and faithful on a sample of a large job, else fp32 (default: %(default)s)")
     add_model_options(parser)
 
 # %% ../nbs/15_cli.ipynb #a4d3b431

@@ -127,7 +127,7 @@ def _prepare(self: CLIPImageEmbedder,
     "Read one input and make it ready for the model."
     from devsky_nb.images import load_image, pixel_hash
     try:
-        image, record = load_image(source, self.policy, **({"least": self.least} if self.least else {}))
+        image, record = load_image(source, self.policy, self.least)
         pixels = self.preprocess(image)
     except DevSkyyError as e: return Embedded(index, source, error=e), None
     except Exception as e: return Embedded(index, source, error=MLError(

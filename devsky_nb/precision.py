@@ -509,8 +509,8 @@ def try_all(embedder: CLIPImageEmbedder,  # in fp32
         if embedder.device.partition(":")[0] not in route.devices: continue
         if route.compiled and seconds < LONG_JOB: trials.append(Trial(name, refused="compiling pays only in jobs of ten minutes and more"))
         elif name != "fp32": attempt(Trial(name))
-    faithful, size = [t.route for t in trials if not t.refused], embedder.preprocess.size
-    for least in (size, 2 * size):
+    faithful = [t.route for t in trials if not t.refused]
+    for least in (embedder.preprocess.size, embedder.preprocess.least):
         attempt(Trial("fp32", least))
         if trials[-1].cosine is None or not trials[-1].refused: break
     if not trials[-1].refused:

@@ -268,7 +268,7 @@ class FolderIndex(VectorIndex):
         self.starts = np.cumsum([0] + [count for *_, count in self.parts])
         self.n, self.dim = int(self.starts[-1]), self.column.list_size
 
-
+# %% ../nbs/06c_search.ipynb #b7c03d51
 @patch
 def read(self: FolderIndex,
          part: int,  # which of `parts`

@@ -69,7 +69,7 @@ def test_requirements_are_pinned_within_their_ranges():
     cfg.read(ROOT / "settings.ini")
     pins = dict(line.lower().replace("_", "-").split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
                 if line and line[0] != "#")
-    for key in ("requirements", "dev_requirements", "lab_requirements"):
+    for key in (k for k in cfg["DEFAULT"] if k.endswith("requirements")):
         for line in cfg["DEFAULT"][key].split():
             r = Requirement(line)
             assert r.specifier.contains(pins[r.name.lower().replace("_", "-")]), line

@@ -1,5 +1,5 @@
 "Faster arithmetic beyond its lesson: one vector for one picture, planted outliers, candidates that fail, interruptions, adoption elsewhere."
-import inspect, io, itertools, json, subprocess, sys, threading
+import io, itertools, json, subprocess, sys, threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -254,7 +254,6 @@ def test_compiled_once_for_every_batch_size(tmp_path):
     assert counters["frames"]["ok"] == frames
 
 
-@pytest.mark.skipif("least" not in inspect.signature(load_image).parameters, reason="load_image cannot decode smaller")
 def test_smaller_decoding_is_one_more_candidate(tmp_path):
     files = []
     for i, garment in enumerate(sample_garments(66, seed=5)):
