@@ -271,6 +271,7 @@ def fingerprint(self: CLIPImageEmbedder) -> str:  # such as "projected-fp32-1f0c
     import hashlib
     if not hasattr(self, "_content"):
         h = hashlib.sha256(repr(self.preprocess).encode())
+        if self.policy.background != (255, 255, 255): h.update(repr(self.policy.background).encode())
         for file in sorted(self.path.glob("*.safetensors")):
             with file.open("rb") as f: h.update(hashlib.file_digest(f, "sha256").digest())
         self._content = h.hexdigest()[:16]

@@ -189,8 +189,8 @@ def test_fingerprint_names_everything_that_the_vectors_depend_on(vit, tmp_path):
     with torch.no_grad(): model.logit_scale.add_(1)
     model.save_pretrained(shutil.copytree(vit, tmp_path / "other"))
     names = {base, moved, fingerprint(tmp_path / "other"), fingerprint(vit, output="pooled"), fingerprint(vit, output="cls"),
-             fingerprint(vit, precision="bf16")}
-    assert len(names) == 6
+             fingerprint(vit, precision="bf16"), fingerprint(vit, policy=ImagePolicy(background=(0, 0, 0)))}
+    assert len(names) == 7
     assert fingerprint(vit, precision="fp32") == base
 
 
