@@ -17,7 +17,7 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 	devsky demo --out demo
 
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
-	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --durations 10
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
 
 traces: .venv/dev  ## after a change to tracing or to the pinned libraries: take the traces that the package carries anew
@@ -31,10 +31,11 @@ prepare: .venv/dev  ## after editing notebooks: export modules, clean notebooks,
 	nbdev_clean
 	python tools/readme.py
 
-bench: .venv/dev .venv-peers/done  ## the side-by-side measurements in benchmarks/
+bench: .venv/bench .venv-peers/done  ## the side-by-side measurements in benchmarks/
 	python benchmarks/embedding.py --peers-python .venv-peers/bin/python
 	python benchmarks/preprocessing.py
 	python benchmarks/search.py
+	python benchmarks/cluster.py
 	python benchmarks/quantize_once.py
 	python benchmarks/monitor.py
 
@@ -52,6 +53,10 @@ clean:  ## remove the environment and everything generated beside the sources
 .venv/dev: .venv/bin/python settings.ini setup.py constraints.txt
 	$(PIP) --editable '.[dev]'
 	@touch .venv/run $@
+
+.venv/bench: .venv/dev
+	$(PIP) --editable '.[dev,bench]'
+	@touch $@
 
 .venv/lab: .venv/dev
 	$(PIP) --editable '.[dev,lab]'
