@@ -34,8 +34,9 @@ def photographs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def vit_b_32(tmp_path_factory):
     "A full-sized model with random weights, in a folder as the Hub has it."
-    from embedding import save_model
-    return save_model(tmp_path_factory.mktemp("vit-b-32"))
+    from sides import make_model
+    make_model(folder := tmp_path_factory.mktemp("vit-b-32"))
+    return folder
 
 
 @pytest.mark.parametrize("model", ["tiny-clip", "vit_b_32"])
