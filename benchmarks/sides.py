@@ -61,6 +61,9 @@ class Document(Side):
     def model(self, batch): return self.embedder._encode_with_clip(batch)
 
 
+JOB = 5_000  # pictures that "auto" is tuned for: ten minutes in fp32 would make it try compiled code, too
+
+
 class Ours(Side):
     packages, pixels = ("torch", "transformers", "Pillow"), "`load_image` and `ClipPreprocessor`, in threads"
 
@@ -69,7 +72,7 @@ class Ours(Side):
         self.embedder, self.precision, self.parquet, self.work, self.runs = CLIPImageEmbedder(str(model), device="cpu", precision=precision), precision, parquet, work, 0
 
     def setup(self, paths):
-        if self.precision == "auto": return self.embedder.tune(paths, images=None).to_dict()
+        if self.precision == "auto": return self.embedder.tune(paths, images=JOB).to_dict()
 
     def files(self, paths):
         if not self.parquet: return list(self.embedder.embed_stream(paths, BATCH))
