@@ -4,7 +4,7 @@
 PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
 BIN    := .venv/bin
-PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .PHONY: help run test traces lab prepare bench clean
@@ -17,7 +17,7 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 	devsky demo --out demo
 
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
-	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --durations 10
+	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
 
 traces: .venv/dev  ## after a change to tracing or to the pinned libraries: take the traces that the package carries anew
@@ -45,6 +45,7 @@ clean:  ## remove the environment and everything generated beside the sources
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "devsky_nb needs Python 3.11, 3.12 or 3.13 with the venv module; none was found on PATH" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
+	$(PIP) --upgrade pip
 
 .venv/run: .venv/bin/python settings.ini setup.py constraints.txt
 	$(PIP) --editable .

@@ -103,7 +103,7 @@ def earlier(path: Path, schema: "pyarrow.Schema") -> "dict[str, tuple[list[str],
     return dict(zip(table["content_hash"].to_pylist(), zip(table["actions"].to_pylist(), vectors)))
 
 # %% ../nbs/08b_cluster.ipynb #3bc7c1b0
-TRIES = 4
+TRIES = 3
 
 def begin(log: Path) -> list[str]:  # earlier attempts, as "host pid"
     "Note that this process begins a slice."

@@ -84,7 +84,7 @@ def vae_loss(vae: AutoencoderKL,
     "How far the decoded picture is from the original: pixel by pixel, and in the mean colour of each 8×8 square."
     import torch
     import torch.nn.functional as F
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu.get_capabilities().get("avx512_bf16", False)):
         latents = vae.encode(pixels).latent_dist
         mean, std = latents.mean.float(), latents.std.float()
         decoded = vae.decode(mean + std*torch.randn(mean.shape, generator=generator)).sample.float()

@@ -2,3 +2,10 @@
 import os, tempfile
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(prefix="devsky-tests-")}
+
+LONG = ("test_cluster.py", "test_vram.py", "test_bulk.py", "test_precision.py", "test_benchmarks.py", "test_quantization.py", "test_cli.py")
+
+
+def pytest_collection_modifyitems(items):
+    "Files that take long go first: a worker takes whole files, and none should be left alone with a long one at the end."
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))

@@ -20,10 +20,10 @@ def embedder():
     return CLIPImageEmbedder("tiny-clip", device="cpu", precision="fp32")
 
 
-def pictures(folder, n, seed=0):
+def pictures(folder, n, seed=0, size=(20, 25)):
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
-    for i in range(n): Image.fromarray(rng.integers(0, 256, (20, 25, 3), dtype=np.uint8)).save(folder / f"{i:04}.png")
+    for i in range(n): Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i:04}.png")
     return folder
 
 
@@ -444,12 +444,12 @@ def test_automatic_precision_chooses_once(tmp_path):
 
 
 def test_memory_does_not_grow_with_the_job(fork, tmp_path):
-    pictures(tmp_path / "few", 300)
-    pictures(tmp_path / "many", 1200, seed=1)
+    pictures(tmp_path / "few", 300, size=(120, 150))
+    pictures(tmp_path / "many", 1200, seed=1, size=(120, 150))
     assert fork.run(f"""
 import resource
 for name in ("few", "many"):
     embed_images({str(tmp_path)!r} + "/" + name, {str(tmp_path)!r} + "/out-" + name, e, shard_rows=100)
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=open({str(tmp_path)!r} + "/" + name + ".rss", "w"))""") == 0
     few, many = (int((tmp_path / f"{n}.rss").read_text()) for n in ("few", "many"))
-    assert many - few < 16, (few, many)  # MiB; in the hundreds, buffers are still warming up
+    assert many - few < 32, (few, many)  # MiB; in the hundreds, buffers are still warming up; the pixels of 900 pictures are 46

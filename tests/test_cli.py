@@ -31,24 +31,14 @@ def photographs(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def vit_b_32(tmp_path_factory):
-    "A full-sized model with random weights, in a folder as the Hub has it."
-    from sides import make_model
-    make_model(folder := tmp_path_factory.mktemp("vit-b-32"))
-    return folder
-
-
-@pytest.mark.parametrize("model", ["tiny-clip", "vit_b_32"])
-def test_photographs_are_validated_and_embedded(photographs, model, request, tmp_path):
-    name = model if model == "tiny-clip" else request.getfixturevalue(model)
-    done = devsky("validate", photographs, "--model", name, "--json", "--html", tmp_path / "r.html", "--report", tmp_path / "r.json")
+def test_photographs_are_validated_and_embedded(photographs, tmp_path):
+    done = devsky("validate", photographs, "--model", "tiny-clip", "--json", "--html", tmp_path / "r.html", "--report", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["total_images"], report["successful"], report["failed"]) == (8, 8, 0)
     assert json.loads((tmp_path / "r.json").read_text())["successful"] == 8
     assert "astronaut" in (tmp_path / "r.html").read_text()
-    done = devsky("embed", photographs, "--out", tmp_path / "vectors", "--model", name, "--precision", "fp32", "--json", "--quiet")
+    done = devsky("embed", photographs, "--out", tmp_path / "vectors", "--model", "tiny-clip", "--precision", "fp32", "--json", "--quiet")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     rows = pq.read_table(tmp_path / "vectors").to_pylist()
     assert [r["id"] for r in rows] == sorted(p.name for p in photographs.iterdir())
@@ -83,8 +73,15 @@ def test_the_default_model_offline_names_both_ways_out(photographs, tmp_path):
     assert error["error_type"] == "ModelNotFoundError"
 
 
-def test_demo_writes_its_reports_and_names_every_broken_file(tmp_path):
-    done = devsky("demo", "--out", tmp_path / "demo", "--json")
+def test_the_wheel_carries_what_the_demo_needs(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "nbs", "tests", "benchmarks", "demo", "build", "*.egg-info", "__pycache__"))
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source], check=True, capture_output=True)
+    [wheel] = tmp_path.glob("devsky_nb-*.whl")
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--no-compile", "--target", tmp_path / "site", wheel], check=True, capture_output=True)
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = subprocess.run([*DEVSKY, "demo", "--out", "demo", "--json"], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=240)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert json.loads(done.stdout)["total_images"] == report["total_images"]
@@ -92,8 +89,16 @@ def test_demo_writes_its_reports_and_names_every_broken_file(tmp_path):
     assert report["failed"] == len(report["errors"]) == 3
     page = (tmp_path / "demo" / "report.html").read_text()
     assert len(page) < 2_000_000 and all(e["image_id"] in page for e in report["errors"])
-    again = devsky("demo", "--out", tmp_path / "demo", "--json", "--quiet")
-    assert again.returncode == 0 and again.stderr.count("\n") == 1
+    where = subprocess.run([sys.executable, "-c", "import devsky_nb; print(devsky_nb.__file__)"], cwd=tmp_path, capture_output=True, text=True, env=env).stdout
+    assert str(tmp_path / "site") in where
+
+
+def test_the_demo_again_in_the_same_folder(tmp_path):
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "report.json").write_text("from an earlier run")
+    done = devsky("demo", "--out", tmp_path / "demo", "--json", "--quiet")
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
+    assert json.loads((tmp_path / "demo" / "report.json").read_text())["failed"] == 3
 
 
 @pytest.mark.parametrize("args, says", [
@@ -160,7 +165,7 @@ def test_ctrl_c_ends_at_once_with_130(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     Image.fromarray(np.zeros((50, 50, 3), np.uint8)).save(folder / "000.png")
-    for i in range(1, 3000): (folder / f"{i:05}.png").write_bytes((folder / "000.png").read_bytes() + b"%d" % i)
+    for i in range(1, 1000): (folder / f"{i:05}.png").write_bytes((folder / "000.png").read_bytes() + b"%d" % i)
     process = subprocess.Popen([*DEVSKY, "embed", folder, "--out", tmp_path / "v", "--model", "tiny-clip", "--precision", "fp32", "--batch-size", "1"],
                                stderr=subprocess.PIPE, text=True)
     while not (line := process.stderr.read(1)): time.sleep(0.01)
@@ -173,18 +178,3 @@ def test_ctrl_c_ends_at_once_with_130(tmp_path):
 def test_help_answers_without_heavy_imports():
     code = "import sys; sys.argv=['devsky','--help']\ntry:\n    from devsky_nb.cli import main; main()\nexcept SystemExit: print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
-
-
-def test_the_wheel_carries_everything(tmp_path):
-    source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".venv", ".git", "demo", "build", "*.egg-info", "__pycache__"))
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source], check=True, capture_output=True)
-    [wheel] = tmp_path.glob("devsky_nb-*.whl")
-    subprocess.run([*pip, "install", "--no-deps", "--no-index", "--target", tmp_path / "site", wheel], check=True, capture_output=True)
-    done = subprocess.run([*DEVSKY, "demo", "--out", "demo", "--quiet"], cwd=tmp_path, capture_output=True, text=True,
-                          env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}, timeout=120)
-    assert done.returncode == 0 and (tmp_path / "demo" / "report.html").exists(), done.stderr
-    where = subprocess.run([sys.executable, "-c", "import devsky_nb; print(devsky_nb.__file__)"], cwd=tmp_path, capture_output=True, text=True,
-                           env={**os.environ, "PYTHONPATH": str(tmp_path / "site")}).stdout
-    assert str(tmp_path / "site") in where

@@ -126,7 +126,8 @@ def test_batch_size_is_checked(tiny, bad):
 
 def test_a_real_allocation_failure_halves_the_batch(tmp_path):
     "In a process whose address space is limited, the allocator really fails."
-    cfg = CLIPConfig(vision_config=dict(hidden_size=64, intermediate_size=8192, num_hidden_layers=1, num_attention_heads=2, patch_size=32))
+    cfg = CLIPConfig(text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),
+                     vision_config=dict(hidden_size=64, intermediate_size=8192, num_hidden_layers=1, num_attention_heads=2, patch_size=32))
     CLIPModel(cfg).save_pretrained(tmp_path)
     CLIPImageProcessorPil().save_pretrained(tmp_path)
     code = f"""

@@ -185,15 +185,12 @@ from importlib.machinery import PathFinder
 find = PathFinder.find_spec
 PathFinder.find_spec = classmethod(lambda cls, name, *a, **k: None if name.split(".")[0] in ("onnx", "onnxruntime", "torchao") else find(name, *a, **k))
 from devsky_nb.clip import CLIPImageEmbedder
-from devsky_nb.garments import render_garment, sample_garments
-from devsky_nb.images import load_image
 from devsky_nb import precision as P
 from devsky_nb.errors import ModelLoadError
 e = CLIPImageEmbedder("tiny-clip", device="cpu")
-receipt = e.tune([render_garment(g, seed=i) for i, g in enumerate(sample_garments(70))], images=1500)
-print({t.route: t.refused for t in receipt.trials}["int8-onnxruntime"])
+print(P.try_candidate(P.plain(e), P.Trial("int8-onnxruntime"), [], None)[0].refused)
 from dataclasses import replace
-try: e.adopt(replace(receipt, route="int8-onnxruntime"))
+try: e.adopt(replace(e.tune([], images=1), route="int8-onnxruntime"))
 except ModelLoadError as error: print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
