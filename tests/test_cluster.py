@@ -1,5 +1,5 @@
 "embed_images on a Ray cluster that runs here: workers killed, the driver killed, Ctrl-C, a slice that kills, machines that lack something."
-import os, pickle, signal, subprocess, sys, threading, time
+import json, os, pickle, signal, subprocess, sys, threading, time
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +13,18 @@ from devsky_nb.bulk import SLICES, Plan, embed_images, embedding_schema
 from devsky_nb.clip import CLIPImageEmbedder
 from devsky_nb.cluster import TRIES, EmbedderSpec, Job, RayEngine, SliceWorker, ray_cluster, read_slice, scale_plan, slice_path
 from devsky_nb.errors import DevSkyyError, MLError, ModelNotFoundError, ValidationError
+from devsky_nb.precision import Receipt
 from devsky_nb.sources import ImageFolder
 
 SIZES = dict(batch_size=8, shard_rows=12)
 
 
 @pytest.fixture(scope="module")
-def embedder(): return CLIPImageEmbedder("tiny-clip", device="cpu", precision="fp32")
+def embedder():
+    "With a receipt, so that workers make what it says."
+    e = CLIPImageEmbedder("tiny-clip", device="cpu")
+    e.adopt(Receipt("int8-onnxruntime", None, "found faithful", e.fingerprint, "cpu", 64, None, 1.))
+    return e
 
 @pytest.fixture(scope="module")
 def cluster():
@@ -110,9 +115,10 @@ def test_a_slice_that_kills_every_worker_is_named(shop, embedder, expected, clus
 
 def test_the_driver_is_killed(shop, embedder, expected, cluster, tmp_path):
     import ray
-    code = ("import sys; from devsky_nb.bulk import embed_images; from devsky_nb.clip import CLIPImageEmbedder; from devsky_nb.cluster import RayEngine\n"
-            "embed_images(sys.argv[1], sys.argv[2], CLIPImageEmbedder('tiny-clip', device='cpu', precision='fp32'), engine=RayEngine(1, 1), batch_size=8, shard_rows=12)")
-    driver = subprocess.Popen([sys.executable, "-c", code, shop, tmp_path], env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    code = ("import json, sys; from devsky_nb.bulk import embed_images; from devsky_nb.clip import CLIPImageEmbedder; from devsky_nb.cluster import RayEngine; from devsky_nb.precision import Receipt\n"
+            "e = CLIPImageEmbedder('tiny-clip', device='cpu'); e.adopt(Receipt.from_dict(json.loads(sys.argv[3])))\n"
+            "embed_images(sys.argv[1], sys.argv[2], e, engine=RayEngine(1, 1), batch_size=8, shard_rows=12)")
+    driver = subprocess.Popen([sys.executable, "-c", code, shop, tmp_path, json.dumps(embedder.receipt.to_dict())], env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     wait(lambda: list((tmp_path / ".devsky" / SLICES).glob("*.parquet")) or driver.poll() is not None)
     driver.kill()
     assert driver.wait() == -signal.SIGKILL
