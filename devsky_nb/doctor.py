@@ -6,20 +6,21 @@
 __all__ = ['RULES', 'RELEVANT', 'NOQA', 'UNREADABLE', 'SKIPPED', 'FREEZERS', 'FROZEN', 'LOADERS', 'SAME', 'DTYPES', 'FREE',
            'FEATURES', 'EMBEDDER', 'KEEP_LENGTH', 'PRODUCTS', 'TENSOR', 'LOCAL', 'PICKLED', 'READS', 'LOAD_NAME',
            'ALL_RULES', 'Hit', 'SourceRule', 'rule', 'events_of', 'silenced', 'diff_of', 'shown', 'severity_in',
-           'finding_of', 'unreadable', 'scan_file', 'sources_in', 'scan_source', 'scan_files', 'env_too_late',
-           'transformers_cache', 'leaf', 'library', 'loads', 'is_pipeline', 'creations', 'classes', 'argument',
-           'keyword', 'config_on_pipeline', 'load_in_on_pipeline', 'bnb_settings', 'backend_and_flag', 'both_flags',
-           'no_components', 'fp4_by_default', 'torch_dtype', 'two_dtypes', 'alias', 'string_dtype', 'cast_of',
-           'dtype_of', 'keeps_vae_dtype', 'fp32_vae', 'quantized_load', 'quantizes_part', 'is_quantized',
-           'cast_of_quantized', 'attention_slicing', 'on_mps', 'removed_vae_switch', 'unet_cache',
+           'applies', 'finding_of', 'unreadable', 'scan_file', 'sources_in', 'no_collection', 'scan_source',
+           'scan_files', 'env_too_late', 'transformers_cache', 'leaf', 'library', 'loads', 'is_pipeline', 'creations',
+           'classes', 'argument', 'keyword', 'config_on_pipeline', 'load_in_on_pipeline', 'bnb_settings',
+           'backend_and_flag', 'both_flags', 'no_components', 'fp4_by_default', 'torch_dtype', 'two_dtypes', 'alias',
+           'string_dtype', 'cast_of', 'dtype_of', 'keeps_vae_dtype', 'fp32_vae', 'quantized_load', 'quantizes_part',
+           'is_quantized', 'cast_of_quantized', 'attention_slicing', 'on_mps', 'removed_vae_switch', 'unet_cache',
            'gradients_in_a_loop', 'training', 'uses', 'training_mode', 'clip_from_diffusers', 'cls_as_embedding',
            'raw_features', 'model_of', 'not_normalised', 'features_are_an_object', 'text_model', 'hub_id', 'unpinned',
            'remote_code', 'pickled_path', 'names_a_model', 'pickled_weights', 'works_with_models', 'catches_all',
            'silent_failure', 'lost_cause', 'tells_the_log', 'write_back', 'fix_source']
 
 # %% ../nbs/13_doctor.ipynb #8a231a41
-import ast, os, re, shutil
+import ast, gc, os, re, shutil
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,14 +47,15 @@ class SourceRule(Rule):
     right: str
     kinds: tuple[str, ...]  # of events that are looked at
     check: Callable[[Event, list[Event]], Iterator[Hit]]  # an event, and all of the program
+    mentions: tuple[str, ...] = ()  # a file without any of these words breaks no such rule, and is not checked for it; empty: every file is
     in_documents: str = ""  # severity there, where code is shown and not deployed; "": the same, "pass": it does not apply
 
 RULES: dict[str, SourceRule] = {}
 
-def rule(code: str, name: str, severity: str, theme: str, kinds: str, wrong: str, right: str, in_documents: str = "") -> Callable:
+def rule(code: str, name: str, severity: str, theme: str, kinds: str, wrong: str, right: str, mentions: str = "", in_documents: str = "") -> Callable:
     "Make a check the rule of that code; its docstring is the reason."
     def add(check: Callable) -> Callable:
-        RULES[code] = SourceRule(code, name, severity, check.__doc__, theme, wrong.strip(), right.strip(), tuple(kinds.split()), check, in_documents)
+        RULES[code] = SourceRule(code, name, severity, check.__doc__, theme, wrong.strip(), right.strip(), tuple(kinds.split()), check, tuple(mentions.split()), in_documents)
         return check
     return add
 
@@ -101,6 +103,10 @@ def severity_in(rule: SourceRule, source: Source) -> str:
     "How serious a rule is in a file."
     return rule.in_documents or rule.severity if source.path.suffix == ".md" else rule.severity
 
+def applies(rule: SourceRule, source: Source) -> bool:
+    "Whether a file can break a rule at all."
+    return severity_in(rule, source) != "pass" and (not rule.mentions or any(word in source.text for word in rule.mentions))
+
 def finding_of(source: Source, event: Event, rule: SourceRule, hit: Hit) -> Finding:
     "A hit as it is reported."
     part, name = event.part, shown(source.path)
@@ -128,7 +134,8 @@ def scan_file(source: Source, codes: set[str]) -> list[Finding]:
     events, problems = events_of(source)
     problems += [(e.part, Unreadable("holds an expression that is nested too deeply to be followed", e.node.lineno)) for e in events if e.kind == "too deep"]
     found = {("DSK000", i): unreadable(source, *p) for i, p in enumerate(problems)} if "DSK000" in codes else {}
-    rules = {kind: [r for r in RULES.values() if kind in r.kinds and r.code in codes and severity_in(r, source) != "pass"] for kind in {e.kind for e in events}}
+    applied = [r for r in RULES.values() if r.code in codes and applies(r, source)]
+    rules = {kind: [r for r in applied if kind in r.kinds] for kind in {e.kind for e in events}}
     for e in events:
         for r in rules[e.kind]:
             for hit in r.check(e, events):
@@ -152,6 +159,16 @@ def sources_in(folder: Path) -> Iterator[Source]:
             if Path(name).suffix in READERS: yield read_source(Path(parent, name))
     for e in failed: yield Source(Path(e.filename), problem=Unreadable(f"cannot be read: {e.strerror}"))
 
+# %% ../nbs/13_doctor.ipynb #c41d09aa
+@contextmanager
+def no_collection() -> Iterator[None]:
+    "Let the garbage collector rest: a syntax tree is many objects, and none of them is garbage until the file is done."
+    enabled = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if enabled: gc.enable()
+
 def scan_source(where: str | Path,  # a .py, .ipynb or .md file, or a folder of them
                 select: Iterable[str] = (),  # codes or beginnings of codes; none: all
                 ignore: Iterable[str] = (),
@@ -163,7 +180,9 @@ def scan_files(where: str | Path, select: Iterable[str], ignore: Iterable[str]) 
     "The files, and what was found in each."
     codes, where = chosen_rules([*RULES.values(), UNREADABLE], select, ignore), Path(where)
     if not os.path.lexists(where): raise FileNotFoundError(f"no file or folder {str(where)!r}", details={"path": str(where)})
-    for source in sources_in(where) if where.is_dir() else [read_source(where)]: yield source, scan_file(source, codes)
+    for source in sources_in(where) if where.is_dir() else [read_source(where)]:
+        with no_collection(): found = scan_file(source, codes)
+        yield source, found
 
 # %% ../nbs/13_doctor.ipynb #6c71be37
 FREEZERS = ("huggingface_hub", "transformers", "diffusers", "sentence_transformers", "datasets", "peft")  # load huggingface_hub's constants as they are imported
@@ -243,7 +262,7 @@ def keyword(call: Call, name: str) -> ast.AST:
     "Where an argument is written, or else the call."
     return next((k for k in call.node.keywords if k.arg == name), call.node)
 
-@rule("DSK010", "bnb-config-on-pipeline", "error", "quantization", "call", wrong="""
+@rule("DSK010", "bnb-config-on-pipeline", "error", "quantization", "call", mentions="quantization_config", wrong="""
 from diffusers import StableDiffusionXLPipeline
 from transformers import BitsAndBytesConfig
 
@@ -263,7 +282,7 @@ def config_on_pipeline(event: Event, events: list[Event]) -> Iterator[Hit]:
     if wrong: yield Hit(keyword(event.value, "quantization_config"), f"a pipeline takes no {min(wrong)}", "Use PipelineQuantizationConfig, or give the configuration to a component's from_pretrained")
 
 # %% ../nbs/13_doctor.ipynb #273f674f
-@rule("DSK011", "load-in-on-pipeline", "error", "quantization", "call", wrong="""
+@rule("DSK011", "load-in-on-pipeline", "error", "quantization", "call", mentions="load_in_", wrong="""
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(folder, load_in_4bit=True)
 """, right="""
@@ -289,7 +308,7 @@ def bnb_settings(call: Call) -> dict[str, Value] | None:  # None: not a bitsandb
     given = argument(call, "quant_kwargs", 1) if names == {"PipelineQuantizationConfig"} else None
     return given.items if isinstance(given, Mapping) and "bitsandbytes" in str(constant(argument(call, "quant_backend", 0), "bitsandbytes")) else None
 
-@rule("DSK012", "backend-and-flag-differ", "warning", "quantization", "call", wrong="""
+@rule("DSK012", "backend-and-flag-differ", "warning", "quantization", "call", mentions="BitsAndBytesConfig PipelineQuantizationConfig", wrong="""
 from diffusers import PipelineQuantizationConfig
 config = PipelineQuantizationConfig(quant_backend="bitsandbytes_4bit", quant_kwargs={"load_in_8bit": True}, components_to_quantize=["unet"])
 """, right="""
@@ -306,7 +325,7 @@ def backend_and_flag(event: Event, events: list[Event]) -> Iterator[Hit]:
     if backend != f"bitsandbytes_{bits}bit": yield Hit(keyword(event.value, "quant_backend"), f"{backend} with these flags gives {bits} bits", f"Name the backend bitsandbytes_{bits}bit, or set load_in_{12 - bits}bit")
 
 # %% ../nbs/13_doctor.ipynb #8b2db03c
-@rule("DSK013", "both-flags", "error", "quantization", "call", wrong="""
+@rule("DSK013", "both-flags", "error", "quantization", "call", mentions="BitsAndBytesConfig PipelineQuantizationConfig", wrong="""
 from transformers import BitsAndBytesConfig
 config = BitsAndBytesConfig(load_in_4bit=True, load_in_8bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype="bfloat16")
 """, right="""
@@ -319,7 +338,7 @@ def both_flags(event: Event, events: list[Event]) -> Iterator[Hit]:
     if settings and all(constant(settings.get(n)) is True for n in ("load_in_4bit", "load_in_8bit")): yield Hit(event.node, "load_in_4bit and load_in_8bit are both True", "Keep one of the two")
 
 # %% ../nbs/13_doctor.ipynb #76577800
-@rule("DSK014", "no-components", "warning", "quantization", "call", wrong="""
+@rule("DSK014", "no-components", "warning", "quantization", "call", mentions="PipelineQuantizationConfig", wrong="""
 from diffusers import PipelineQuantizationConfig
 config = PipelineQuantizationConfig(quant_backend="bitsandbytes_8bit", quant_kwargs={"load_in_8bit": True})
 """, right="""
@@ -335,7 +354,7 @@ def no_components(event: Event, events: list[Event]) -> Iterator[Hit]:
         yield Hit(event.node, "every component is quantized, the VAE too", 'Say which: components_to_quantize=["unet", "text_encoder", "text_encoder_2"]')
 
 # %% ../nbs/13_doctor.ipynb #0be91c44
-@rule("DSK015", "fp4-by-default", "info", "quantization", "call", wrong="""
+@rule("DSK015", "fp4-by-default", "info", "quantization", "call", mentions="BitsAndBytesConfig PipelineQuantizationConfig", wrong="""
 from transformers import BitsAndBytesConfig
 config = BitsAndBytesConfig(load_in_4bit=True)
 """, right="""
@@ -351,7 +370,7 @@ def fp4_by_default(event: Event, events: list[Event]) -> Iterator[Hit]:
     if missing: yield Hit(event.node, f"the default is taken for {' and '.join(missing)}", 'State bnb_4bit_quant_type="nf4" and bnb_4bit_compute_dtype, the dtype that the model runs in')
 
 # %% ../nbs/13_doctor.ipynb #acb5a381
-@rule("DSK020", "torch-dtype", "info", "dtype", "call", wrong="""
+@rule("DSK020", "torch-dtype", "info", "dtype", "call", mentions="torch_dtype", wrong="""
 import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float16)
@@ -368,7 +387,7 @@ def torch_dtype(event: Event, events: list[Event]) -> Iterator[Hit]:
     yield Hit(at, "torch_dtype is the old name of dtype", "Rename it to dtype", (at, "dtype", "torch_dtype") if isinstance(at, ast.keyword) else None)
 
 # %% ../nbs/13_doctor.ipynb #7e13035e
-@rule("DSK021", "two-dtypes", "error", "dtype", "call", wrong="""
+@rule("DSK021", "two-dtypes", "error", "dtype", "call", mentions="torch_dtype", wrong="""
 import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float16, torch_dtype=torch.float16)
@@ -391,7 +410,7 @@ def alias(event: Event, module: str) -> str | None:  # None: it is not imported 
         scope = scope.parent
     return None
 
-@rule("DSK022", "string-dtype", "warning", "dtype", "call", wrong="""
+@rule("DSK022", "string-dtype", "warning", "dtype", "call", mentions="dtype", wrong="""
 import torch
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(folder, dtype="float16")
@@ -435,7 +454,7 @@ def keeps_vae_dtype(cls: str) -> bool:
     "Whether a pipeline decodes latents in the dtype that they have, as those with a UNet do."
     return is_pipeline(cls) and re.fullmatch(r"StableDiffusion(?!3)\w*Pipeline|DiffusionPipeline|AutoPipelineFor\w+", leaf(cls)) is not None
 
-@rule("DSK023", "fp32-vae", "error", "dtype", "call", wrong="""
+@rule("DSK023", "fp32-vae", "error", "dtype", "call", mentions="vae", wrong="""
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 
@@ -482,7 +501,7 @@ def is_quantized(value: Value) -> bool:
     return bool(made) and all(quantized_load(*m) for m in made)
 
 # %% ../nbs/13_doctor.ipynb #a5a5ecd8
-@rule("DSK024", "cast-of-quantized", "error", "dtype", "call", wrong="""
+@rule("DSK024", "cast-of-quantized", "error", "dtype", "call", mentions="quantization_config load_in_", wrong="""
 from transformers import AutoModel, BitsAndBytesConfig
 
 model = AutoModel.from_pretrained(folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True))
@@ -500,7 +519,7 @@ def cast_of_quantized(event: Event, events: list[Event]) -> Iterator[Hit]:
     if dtype and is_quantized(event.value.function.base): yield Hit(event.node, f"a quantized model cannot be cast to {dtype}", "Give dtype to from_pretrained, which is that of the layers that stay unquantized")
 
 # %% ../nbs/13_doctor.ipynb #52d5ec2c
-@rule("DSK030", "attention-slicing", "warning", "inference", "call", wrong="""
+@rule("DSK030", "attention-slicing", "warning", "inference", "call", mentions="enable_attention_slicing", wrong="""
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(folder).to("cuda")
 pipe.enable_attention_slicing()
@@ -522,7 +541,7 @@ def on_mps(value: Value) -> bool:
     return False
 
 # %% ../nbs/13_doctor.ipynb #f5b2f3ce
-@rule("DSK031", "removed-vae-switch", "error", "inference", "attribute", wrong="""
+@rule("DSK031", "removed-vae-switch", "error", "inference", "attribute", mentions="able_vae_", wrong="""
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(folder)
 pipe.enable_vae_tiling()
@@ -540,7 +559,7 @@ def removed_vae_switch(event: Event, events: list[Event]) -> Iterator[Hit]:
             yield Hit(event.node, f"pipelines have no {old} any more", f"Call {new}", (name, new, old) if any(map(is_pipeline, classes(base))) else None)
 
 # %% ../nbs/13_doctor.ipynb #4c4350db
-@rule("DSK032", "unet-cache", "error", "inference", "attribute", wrong="""
+@rule("DSK032", "unet-cache", "error", "inference", "attribute", mentions="enable_cache", wrong="""
 from diffusers import StableDiffusionXLPipeline
 pipe = StableDiffusionXLPipeline.from_pretrained(folder)
 pipe.unet.enable_cache(config)
@@ -562,7 +581,7 @@ FEATURES = ("get_image_features", "get_text_features")
 EMBEDDER = re.compile(r"transformers\.(.*\.)?((Chinese|Alt|Meta)?CLIP|Siglip|Align|Dinov|ViT|Auto|Blip)\w*Model(WithProjection)?")
 
 # %% ../nbs/13_doctor.ipynb #39d115fa
-@rule("DSK033", "gradients-in-a-loop", "warning", "inference", "call", wrong="""
+@rule("DSK033", "gradients-in-a-loop", "warning", "inference", "call", mentions="CLIP Siglip Align Dinov ViT Auto Blip", wrong="""
 from transformers import CLIPModel
 model = CLIPModel.from_pretrained(folder)
 for batch in batches:
@@ -591,7 +610,7 @@ def uses(events: list[Event], *names: str) -> bool:
     return any(e.kind == "attribute" and e.node.attr in names for e in events)
 
 # %% ../nbs/13_doctor.ipynb #cc91dd84
-@rule("DSK034", "training-mode", "warning", "inference", "call", wrong="""
+@rule("DSK034", "training-mode", "warning", "inference", "call", mentions="CLIP Siglip Align Dinov ViT Auto Blip", wrong="""
 import torch
 from transformers import CLIPConfig, CLIPModel
 model = CLIPModel(CLIPConfig())
@@ -616,7 +635,7 @@ def training_mode(event: Event, events: list[Event]) -> Iterator[Hit]:
     if any(loop for loop, _ in circumstances(event)): yield Hit(event.node, "a model runs in training mode", "Call model.eval() after the weights are loaded")
 
 # %% ../nbs/13_doctor.ipynb #fbeac0a8
-@rule("DSK040", "clip-from-diffusers", "error", "CLIP", "import attribute", wrong="""
+@rule("DSK040", "clip-from-diffusers", "error", "CLIP", "import attribute", mentions="CLIP", wrong="""
 from diffusers import CLIPModel
 """, right="""
 from transformers import CLIPModel
@@ -628,7 +647,7 @@ def clip_from_diffusers(event: Event, events: list[Event]) -> Iterator[Hit]:
     yield Hit(event.node, f"diffusers has no {leaf(path(event.value))}", "Import it from transformers", (event.node, "from transformers", "from diffusers") if whole else None)
 
 # %% ../nbs/13_doctor.ipynb #e7ed649f
-@rule("DSK041", "cls-as-embedding", "warning", "CLIP", "item", wrong="""
+@rule("DSK041", "cls-as-embedding", "warning", "CLIP", "item", mentions="CLIP", wrong="""
 from transformers import CLIPVisionModel
 model = CLIPVisionModel.from_pretrained(folder)
 vector = model(**inputs).last_hidden_state[:, 0]
@@ -672,7 +691,7 @@ def model_of(output: Value) -> set[str]:
 PRODUCTS = {"torch.matmul", "torch.mm", "torch.dot", "torch.inner", "torch.einsum", "numpy.dot", "numpy.matmul", "numpy.inner", "torch.nn.functional.linear"}
 
 # %% ../nbs/13_doctor.ipynb #18667c4a
-@rule("DSK042", "not-normalised", "warning", "CLIP", "operation call", wrong="""
+@rule("DSK042", "not-normalised", "warning", "CLIP", "operation call", mentions="_features image_embeds text_embeds", wrong="""
 from transformers import CLIPModel
 model = CLIPModel.from_pretrained(folder)
 a = model.get_image_features(**images).pooler_output
@@ -701,7 +720,7 @@ def not_normalised(event: Event, events: list[Event]) -> Iterator[Hit]:
 TENSOR = {"norm", "cpu", "cuda", "numpy", "detach", "shape", "float", "half", "T", "t", "squeeze", "unsqueeze", "mean", "sum", "view", "reshape", "tolist", "dim", "size", "device", "dtype"}
 
 # %% ../nbs/13_doctor.ipynb #eb1eb1df
-@rule("DSK043", "features-are-an-object", "error", "CLIP", "attribute call operation", wrong="""
+@rule("DSK043", "features-are-an-object", "error", "CLIP", "attribute call operation", mentions="get_image_features get_text_features", wrong="""
 from transformers import CLIPModel
 model = CLIPModel.from_pretrained(folder)
 features = model.get_image_features(**inputs)
@@ -724,7 +743,7 @@ def features_are_an_object(event: Event, events: list[Event]) -> Iterator[Hit]:
             yield Hit(event.node, f"{u.function.name} returns an object, which is used as a tensor", f"Take {u.function.name}(...).pooler_output")
 
 # %% ../nbs/13_doctor.ipynb #56a1663d
-@rule("DSK044", "text-model", "error", "CLIP", "attribute", wrong="""
+@rule("DSK044", "text-model", "error", "CLIP", "attribute", mentions="text_model vision_model", wrong="""
 from transformers import CLIPTextModel
 encoder = CLIPTextModel.from_pretrained(folder)
 table = encoder.text_model.embeddings
@@ -750,7 +769,7 @@ def hub_id(value: Value | None) -> str | None:
     return next((t for t in texts if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", t) and t.partition("/")[0] not in LOCAL), None)
 
 # %% ../nbs/13_doctor.ipynb #21eb2014
-@rule("DSK050", "unpinned", "info", "safety", "call", in_documents="pass", wrong="""
+@rule("DSK050", "unpinned", "info", "safety", "call", in_documents="pass", mentions="from_pretrained from_single_file from_pipe snapshot_download hf_hub_download pipeline", wrong="""
 from transformers import CLIPModel
 model = CLIPModel.from_pretrained("openai/clip-vit-base-patch32")
 """, right="""
@@ -768,7 +787,7 @@ def unpinned(event: Event, events: list[Event]) -> Iterator[Hit]:
         yield Hit(event.node, f"{name} is loaded without a revision", "Pin the commit: revision=\"<40 hex digits>\", or take it from the registry of this package, which keeps a lockfile")
 
 # %% ../nbs/13_doctor.ipynb #05881716
-@rule("DSK051", "remote-code", "warning", "safety", "call", in_documents="info", wrong="""
+@rule("DSK051", "remote-code", "warning", "safety", "call", in_documents="info", mentions="trust_remote_code", wrong="""
 from transformers import AutoModel
 model = AutoModel.from_pretrained(folder, trust_remote_code=True)
 """, right="""
@@ -793,7 +812,7 @@ def names_a_model(node: ast.Call) -> bool:
     "Whether the argument of a call says that it is a model."
     return bool(node.args) and re.search("model|weights|pipeline", ast.unparse(node.args[0]), re.IGNORECASE) is not None
 
-@rule("DSK052", "pickled-weights", "warning", "safety", "call", wrong="""
+@rule("DSK052", "pickled-weights", "warning", "safety", "call", mentions="use_safetensors weights_only pickle joblib dill", wrong="""
 import torch
 weights = torch.load("model.pt", weights_only=False)
 """, right="""
