@@ -38,6 +38,7 @@ bench: .venv/bench .venv-peers/done  ## the side-by-side measurements in benchma
 	python benchmarks/cluster.py
 	python benchmarks/quantize_once.py
 	python benchmarks/monitor.py
+	python benchmarks/performance.py
 
 clean:  ## remove the environment and everything generated beside the sources
 	rm -rf .venv .venv-peers demo build _proc _docs *.egg-info

@@ -68,9 +68,9 @@ EXACT, CLOSE = 1e-4, .1
 
 def difference(a: np.ndarray, b: np.ndarray) -> float:  # infinite, if shapes differ or a number is not finite
     "The largest difference of two outputs, as a share of the largest value of `b`."
-    if a.shape != b.shape: return np.inf
-    gap = np.abs(a - b).max() / np.abs(b).max()
-    return float(gap) if np.isfinite(gap) else np.inf
+    if a.shape != b.shape or not np.isfinite(a).all() or not np.isfinite(b).all(): return np.inf
+    gap = float(np.abs(a - b).max())
+    return gap and gap / max(float(np.abs(b).max()), 1e-12)
 
 # %% ../nbs/12_performance.ipynb #a0e1f015
 def parts(model: "DiffusionPipeline | torch.nn.Module") -> "dict[str, torch.nn.Module]":
@@ -89,7 +89,8 @@ class Job:
     size: tuple[int, int] = (0, 0)  # pixels, width and height; 0: draws nothing
     batch: int = 1  # pictures at a time
     call: Callable[[], object] | None = None  # the output that must stay; None: the probes above
-    keeps_dtype: bool = False  # an embedder, whose fingerprint names its precision
+    keeps_dtype: bool = False  # an object around the model names its precision
+    checked: int = 0  # pictures in the call that checks it; 0: as many as `batch`
 
     @property
     def networks(self) -> "dict[str, torch.nn.Module]": return parts(self.model)
@@ -221,7 +222,7 @@ def placement(model: "DiffusionPipeline | torch.nn.Module") -> str | None:  # "m
 def fixed_weights(job: Job) -> str | None:
     "Why the weights of a job cannot be replaced."
     if job.packed: return f"{', '.join(job.packed)}: quantized weights keep their number format"
-    if job.keeps_dtype: return "an embedder's fingerprint names its precision: choose that with precision=, or by tune"
+    if job.keeps_dtype: return "an embedder's fingerprint and a generator's pictures name the precision: choose it at loading, or by tune"
     if (way := placement(job.model)) in ("group", "sequential"): return f"{way} offload holds the weights: give dtype= when you load"
 
 # %% ../nbs/12_performance.ipynb #a0e1f039
@@ -480,11 +481,12 @@ class Step:
 def output(self: Job) -> np.ndarray:
     "What the model returns now."
     if self.call is not None: return np.asarray(self.call(), dtype=np.float64)
-    return draw_probe(self.model, *self.size, self.batch) if any(self.size) else embed_probe(self.model, self.batch)
+    n = self.checked or self.batch
+    return draw_probe(self.model, *self.size, n) if any(self.size) else embed_probe(self.model, n)
 
 @patch
 def first_output(self: Job) -> np.ndarray:
-    "The output before anything is changed; the batch is halved for as long as it does not fit."
+    "The output before anything is changed; it is checked with half the batch for as long as that does not fit."
     try: result = self.output()
     except Exception as e:
         if not is_out_of_memory(e): raise MLError(f"{type(self.model).__name__} fails before anything is changed: {e}", original_error=e)
@@ -493,8 +495,9 @@ def first_output(self: Job) -> np.ndarray:
         if np.isfinite(result).all(): return result
         raise MLError(f"{type(self.model).__name__} returns numbers that are not finite before anything is changed: load with dtype=torch.bfloat16 or torch.float32")
     forget(error)
-    if self.batch == 1 or self.call is not None: raise InsufficientMemoryError(f"not even the call by which {type(self.model).__name__} is checked fits into memory: give a smaller width and height, or a budget and the device to offload from", original_error=error)
-    self.batch //= 2
+    if (n := self.checked or self.batch) == 1 or self.call is not None:
+        raise InsufficientMemoryError(f"not even the call by which {type(self.model).__name__} is checked fits into memory: give a smaller width and height, or a smaller probe", original_error=error)
+    self.checked = n // 2
     return self.first_output()
 
 # %% ../nbs/12_performance.ipynb #a0e1f085
@@ -516,7 +519,9 @@ def attempt(self: Job,
     except BaseException:
         undo()
         raise
-    if problem: return (undo(), (replace(step, state="undone", why=problem), None))[1]
+    if problem:
+        undo()
+        return replace(step, state="undone", why=problem), None
     return replace(step, state="applied", saved=size - self.weights), undo
 
 @patch
@@ -605,7 +610,7 @@ def undo(self: Optimization) -> None:
 # %% ../nbs/12_performance.ipynb #a0e1f091
 def unwrap(pipeline: object) -> "DiffusionPipeline | torch.nn.Module":
     "The pipeline or the model inside, if it is one whose output can be checked."
-    model = pipeline.pipeline if isinstance(pipeline, QuantizedSDXLGenerator) else pipeline.model if isinstance(pipeline, CLIPImageEmbedder) else pipeline
+    model = pipeline._open() if isinstance(pipeline, QuantizedSDXLGenerator) else pipeline.model if isinstance(pipeline, CLIPImageEmbedder) else pipeline
     draws = hasattr(model, "components") and (hasattr(model, "unet") or hasattr(model, "transformer")) and hasattr(getattr(model, "vae", None), "use_tiling")
     if not draws and not hasattr(model, "vision_model"):
         raise ValidationError(f"{type(pipeline).__name__} cannot be optimized: expected a pipeline of diffusers that draws from a prompt, a CLIP model of transformers, a QuantizedSDXLGenerator or a CLIPImageEmbedder",
@@ -667,13 +672,13 @@ def optimize(pipeline: "DiffusionPipeline | CLIPModel | QuantizedSDXLGenerator |
              probe: Callable[[], object] | None = None,  # a call whose output, an array, must stay; None: a picture, or vectors
              ) -> Optimization:
     "Apply what suits a model, its device and the goal; check each step, and say what was done and why."
-    names, share, limit = checked_steps(steps), checked_tolerance(tolerance), None if budget is None else parse_bytes(budget)
+    names, allowed, limit = checked_steps(steps), checked_tolerance(tolerance), None if budget is None else parse_bytes(budget)
     if limit == 0: raise ValidationError(f"budget={budget!r}: expected more than nothing, such as '8GB'", details={"budget": repr(budget)})
     if probe is not None and not callable(probe): raise ValidationError(f"probe must be something to call, not {probe!r:.60}", details={"probe": type(probe).__name__})
     model = unwrap(pipeline)
-    job = Job(model, one_of("goal", goal, GOALS), limit, "", probe_size(model, width, height), whole("batch", batch, 1, 64), probe, isinstance(pipeline, CLIPImageEmbedder))
+    job = Job(model, one_of("goal", goal, GOALS), limit, "", probe_size(model, width, height), whole("batch", batch, 1, 64), probe, isinstance(pipeline, CLIPImageEmbedder | QuantizedSDXLGenerator))
     job.device = target_device(device, job.runs_on)
-    with TURNS.setdefault(model, Turns()).take(): report = carry_out(job, names, share, steps is not None)
+    with TURNS.setdefault(model, Turns()).take(): report = carry_out(job, names, allowed, steps is not None)
     if report.fits is False: log.warning("%s", report)
     return report
 
@@ -702,4 +707,5 @@ def described(self: Job) -> str:
     "The call by which a job is checked."
     if self.call is not None: return "your own call"
     what = f"{STEPS} steps at {self.size[0]}×{self.size[1]}" if any(self.size) else "vectors of noise"
-    return what + (f", batch {self.batch}" if self.batch > 1 else "")
+    n = self.checked or self.batch
+    return what + (f", batch {n}" if n > 1 else "")

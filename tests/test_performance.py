@@ -73,9 +73,9 @@ def test_a_component_a_network_in_training_and_an_embedder_that_was_tuned_are_re
     with pytest.raises(ValidationError, match="draws nothing"): optimize(tiny_vit(), width=64)
 
 
-@pytest.mark.parametrize("a, b, gap", [([1., 2.], [1., 4.], .5), ([np.nan], [1.], np.inf), ([1.], [np.inf], np.inf), ([1.], [1., 1.], np.inf), ([0.], [0.], np.inf), ([-3.], [-4.], .25)])
+@pytest.mark.parametrize("a, b, gap", [([1., 2.], [1., 4.], .5), ([np.nan], [1.], np.inf), ([1.], [np.inf], np.inf), ([1.], [1., 1.], np.inf), ([0.], [0.], 0), ([-3.], [-4.], .25)])
 def test_differences(a, b, gap):
-    with np.errstate(all="ignore"): assert difference(np.array(a), np.array(b)) == gap
+    assert difference(np.array(a), np.array(b)) == gap
 
 
 @pytest.mark.parametrize("name", [n for n in ORDER if n not in ("placement", "half precision")])
@@ -133,7 +133,7 @@ def test_without_a_budget_nothing_is_given_up_and_a_second_call_changes_nothing(
     assert not pipeline.vae.use_tiling and not pipeline.vae.use_slicing and (draw_probe(pipeline, 32, 32) == picture).all()
 
 
-@pytest.mark.parametrize("budget, given_up, fits", [("1GB", [], True), (10**9, [], True), ("10MB", ["half precision", "fp8 storage"], True)])
+@pytest.mark.parametrize("budget, given_up, fits", [("1GB", [], True), ("10MB", ["half precision", "fp8 storage"], True)])
 def test_digits_are_given_up_for_a_budget_only(pipeline, budget, given_up, fits):
     report = optimize(pipeline, "memory", budget, **SMALL)
     assert [n for n in report.applied if n in ("half precision", "fp8 storage")] == given_up and report.fits is fits
@@ -150,7 +150,13 @@ def test_a_step_that_leaves_its_tolerance_is_undone_and_reported(pipeline):
     report = optimize(pipeline, steps=["VAE tiling", "frozen weights"], width=128, height=128)
     assert states(report) == {"frozen weights": "applied", "VAE tiling": "undone"} and not pipeline.vae.use_tiling
     assert "differs by 0.17" in why(report, "VAE tiling") and next(s for s in report.steps if s.name == "VAE tiling").difference > CLOSE and report.difference == 0
-    assert optimize(pipeline, steps=["channels_last"], tolerance=0, **SMALL).applied == [] and optimize(pipeline, steps=["channels_last"], **SMALL).applied == ["channels_last"]
+
+
+def test_a_tolerance_of_ones_own_holds_for_every_step():
+    net = tiny_vit(attn_implementation="eager")
+    assert states(optimize(net, steps=["frozen weights", "fused attention"], tolerance=0)) == {"frozen weights": "applied", "fused attention": "undone"}
+    assert net.config._attn_implementation == "eager" and optimize(net, steps=["half precision"], tolerance=1e-4).applied == []
+    assert optimize(net, steps=["half precision"]).applied == ["half precision"]
 
 
 def test_small_differences_that_add_up_are_refused():
@@ -194,8 +200,8 @@ def test_a_probe_that_does_not_fit_is_halved(pipeline):
     def no_room(vae, args): 
         if len(args[0]) > 1: raise MemoryError("cannot allocate memory")
     pipeline.vae.post_quant_conv.register_forward_pre_hook(no_room)
-    report = optimize(pipeline, steps=["frozen weights"], batch=4, **SMALL)
-    assert report.checked == "2 steps at 32×32" and report.applied == ["frozen weights"]
+    report = optimize(pipeline, budget="1GB", steps=["frozen weights"], batch=4, **SMALL)
+    assert report.checked == "2 steps at 32×32" and report.applied == ["frozen weights"] and report.job.estimate().setup.batch == 4
     pipeline.vae.post_quant_conv.register_forward_pre_hook(lambda *_: exec("raise MemoryError"))
     with pytest.raises(InsufficientMemoryError, match="not even the call"): optimize(pipeline, **SMALL)
 
@@ -217,13 +223,12 @@ def test_where_the_weights_would_be_on_a_gpu(loaded, goal, budget, way):
     assert TECHNIQUES["placement"].wanted(job) == way and not TECHNIQUES["placement"].done(job) and TECHNIQUES["placement"].impossible(job) is None
 
 
-@pytest.mark.parametrize("use_4bit", [True, False])
-def test_quantized_pipelines_keep_their_weights_and_get_the_rest(use_4bit):
-    pipeline = load_sdxl_pipeline_with_quantization_v1("tiny-sdxl", use_4bit, device="cpu", quantize_once=False)
+def test_quantized_pipelines_keep_their_weights_and_get_the_rest():
+    pipeline = load_sdxl_pipeline_with_quantization_v1("tiny-sdxl", use_4bit=False, device="cpu", quantize_once=False)
     pipeline.set_progress_bar_config(disable=True)
     packed = copy.deepcopy(pipeline.unet.mid_block.attentions[0].proj_in.weight.data)
     report = optimize(pipeline, "memory", 1000, steps=list(ORDER[:-1]), **SMALL)
-    assert report.applied == ["frozen weights", "channels_last", "VAE slicing", "VAE tiling"] or report.applied == ["channels_last", "VAE slicing", "VAE tiling"]
+    assert report.applied[-3:] == ["channels_last", "VAE slicing", "VAE tiling"]
     assert all("quantized weights keep" in why(report, n) for n in ("half precision", "fp8 storage")) and report.fits is False
     report.undo()
     assert torch.equal(pipeline.unet.mid_block.attentions[0].proj_in.weight.data, packed)
@@ -237,7 +242,7 @@ def test_clip_in_both_forms_and_the_objects_around_a_model():
     assert net.config._attn_implementation == "eager" and (embed_probe(net) == before).all()
     embedder = CLIPImageEmbedder("tiny-clip", device="cpu")
     name, report = embedder.fingerprint, optimize(embedder, "memory", 1000)
-    assert report.model == "CLIPModel" and "fingerprint names its precision" in why(report, "half precision") and embedder.fingerprint == name
+    assert report.model == "CLIPModel" and "fingerprint and a generator's pictures" in why(report, "half precision") and embedder.fingerprint == name
 
 
 def test_a_text_tower_is_checked_with_the_pictures():
@@ -302,8 +307,10 @@ def test_calls_on_one_model_take_turns_with_each_other_and_with_a_generator():
 def test_a_generator_is_taken_and_draws_as_before(pipeline):
     generator = QuantizedSDXLGenerator(pipeline=pipeline)
     draw = lambda: generator.generate("a red dress", num_inference_steps=1, width=64, height=64, seed=1, progress=False).tobytes()
-    before, report = draw(), optimize(generator, "memory", **SMALL)
-    assert report.model == "StableDiffusionXLPipeline" and draw() == before
+    before, report = draw(), optimize(generator, "memory", 1000, **SMALL)
+    assert report.model == "StableDiffusionXLPipeline" and "generator's pictures name the precision" in why(report, "half precision") and draw() == before
+    generator.close()
+    with pytest.raises(MLError, match="this generator is closed"): optimize(generator)
 
 
 def test_the_benchmarks_page_is_made_from_the_json_beside_it():
