@@ -7,7 +7,7 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help run test traces lab prepare bench clean
+.PHONY: help run test browser docs traces lab prepare bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,6 +19,12 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
+
+docs: .venv/docs  ## the site, from the executed notebooks: _docs/index.html
+	OMP_NUM_THREADS=1 python tools/docs.py
+
+browser: .venv/browser docs  ## the site and the widgets in a real browser (Chromium must be on PATH)
+	OMP_NUM_THREADS=1 DEVSKY_BROWSER=required python -m pytest -q -m browser
 
 traces: .venv/dev  ## after a change to tracing or to the pinned libraries: take the traces that the package carries anew
 	python tools/traces.py
@@ -62,6 +68,14 @@ clean:  ## remove the environment and everything generated beside the sources
 
 .venv/lab: .venv/dev
 	$(PIP) --editable '.[dev,lab]'
+	@touch $@
+
+.venv/docs: .venv/dev
+	$(PIP) --editable '.[dev,docs]'
+	@touch $@
+
+.venv/browser: .venv/dev
+	$(PIP) --editable '.[dev,lab,docs,browser]'
 	@touch $@
 
 .venv-peers/done: benchmarks/peers.txt

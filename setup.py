@@ -33,7 +33,7 @@ setup(
     include_package_data=False,
     package_data={"devsky_nb": ["configs/*", "configs/*/*", "configs/*/*/*", "models/*/*", "models/*/*/*", "templates/*", "traces/*"]},
     install_requires=entries("requirements"),
-    extras_require={extra: entries(f"{extra}_requirements") for extra in ("fast", "ray", "dev", "bench", "lab")},
+    extras_require={extra: entries(f"{extra}_requirements") for extra in ("fast", "ray", "dev", "bench", "lab", "docs", "browser")},
     entry_points={"console_scripts": entries("console_scripts"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

@@ -1,0 +1,65 @@
+"""Build the site into _docs: nbdev prepares the executed notebooks (nothing is executed but definitions), smalldocs renders them.
+
+usage: python tools/docs.py
+
+With Quarto at hand, `PYTHONPATH=tests:tools nbdev_docs` builds the same pages from the same _quarto.yml.
+"""
+import html, os, re, shutil, sys
+from pathlib import Path
+
+import nbformat, yaml
+from latex2mathml.converter import convert
+from nbdev.config import get_config
+from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+from nbdev.serve import proc_nbs
+from smalldocs.site import build
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def rename_pages(folder: Path) -> None:
+    "Give every notebook the name of its page, which its front matter states for Quarto (04_garments.ipynb is garments.html)."
+    names = {}
+    for path in sorted(folder.rglob("*.ipynb")):
+        nb = nbformat.read(path, as_version=4)
+        front = yaml.safe_load(nb.cells[0].source.strip().strip("-"))
+        new = path.with_name(front.pop("output-file")).with_suffix(".ipynb")
+        nb.cells[0].source = f"---\n{yaml.safe_dump(front, allow_unicode=True)}---"
+        path.unlink()
+        nbformat.write(nb, new)
+        names[path.name] = new.name
+    for path in folder.rglob("*.ipynb"): rewrite(path, r"(?<=[(/])[\w.-]+\.ipynb(?=[)#])", lambda m: names.get(m[0], m[0]))
+    rewrite(folder / "sidebar.yml", r"[\w.-]+\.ipynb", lambda m: names[m[0]])
+
+
+def keep_at_home(site: Path) -> None:
+    "What the pages would take from other people's servers: fonts are the reader's own, formulas are MathML, which browsers set by themselves."
+    for sheet in site.rglob("*.css"): rewrite(sheet, r"@import url\(https?:[^)]*\);?", "")
+    mode = {"inline": "inline", "display": "block"}
+    for page in site.rglob("*.html"):
+        rewrite(page, r"<(link|script)[^>]*katex[^>]*>(</script>)?", "")
+        rewrite(page, r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', lambda m: convert(html.unescape(m[2]), display=mode[m[1]]))
+
+
+def rewrite(file: Path, pattern: str, new) -> None:
+    file.write_text(re.sub(pattern, new, file.read_text(encoding="utf-8"), flags=re.DOTALL), encoding="utf-8")
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    sys.path.insert(0, str(ROOT / "tests"))  # lessons take a model cache from there
+    refresh_quarto_yml()
+    nbdev_sidebar.__wrapped__(file_re=r"\.ipynb$")
+    folder = proc_nbs(force=True)
+    rename_pages(folder)
+    site = build(folder, quiet=True)
+    warnings = [w for w in site.warnings if "respect-user-color-scheme" not in w]  # for Quarto; smalldocs respects it anyway
+    if warnings: sys.exit("\n".join(warnings))
+    keep_at_home(site.out)
+    docs = get_config().doc_path
+    shutil.rmtree(docs, ignore_errors=True)
+    shutil.move(site.out, docs)
+    print(f"{len(site.pages)} pages: {docs.name}/index.html")
+
+
+if __name__ == "__main__": main()
