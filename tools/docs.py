@@ -29,7 +29,7 @@ def rename_pages(folder: Path) -> None:
         nbformat.write(nb, new)
         names[path.name] = new.name
     for path in folder.rglob("*.ipynb"): rewrite(path, r"(?<=[(/])[\w.-]+\.ipynb(?=[)#])", lambda m: names.get(m[0], m[0]))
-    rewrite(folder / "sidebar.yml", r"[\w.-]+\.ipynb", lambda m: names[m[0]])
+    for path in (folder / "sidebar.yml", *folder.rglob("*.qmd")): rewrite(path, r"[\w.-]+\.ipynb", lambda m: names.get(m[0], m[0]))
 
 
 def keep_at_home(site: Path) -> None:
@@ -49,7 +49,7 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "tests"))  # lessons take a model cache from there
     refresh_quarto_yml()
-    nbdev_sidebar.__wrapped__(file_re=r"\.ipynb$")
+    nbdev_sidebar.__wrapped__(file_re=r"\.(ipynb|qmd)$")
     folder = proc_nbs(force=True)
     rename_pages(folder)
     site = build(folder, quiet=True)
