@@ -17,7 +17,7 @@ from smalldocs.site import build
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def rename_pages(folder: Path) -> None:
+def rename_pages(folder: Path) -> dict[str, str]:  # page -> notebook
     "Give every notebook the name of its page, which its front matter states for Quarto (04_garments.ipynb is garments.html)."
     names = {}
     for path in sorted(folder.rglob("*.ipynb")):
@@ -30,6 +30,7 @@ def rename_pages(folder: Path) -> None:
         names[path.name] = new.name
     for path in folder.rglob("*.ipynb"): rewrite(path, r"(?<=[(/])[\w.-]+\.ipynb(?=[)#])", lambda m: names.get(m[0], m[0]))
     for path in (folder / "sidebar.yml", *folder.rglob("*.qmd")): rewrite(path, r"[\w.-]+\.ipynb", lambda m: names.get(m[0], m[0]))
+    return {new: old for old, new in names.items()}
 
 
 def keep_at_home(site: Path) -> None:
@@ -49,13 +50,14 @@ def main() -> None:
     os.chdir(ROOT)
     sys.path.insert(0, str(ROOT / "tests"))  # lessons take a model cache from there
     refresh_quarto_yml()
-    nbdev_sidebar.__wrapped__(file_re=r"\.(ipynb|qmd)$")
+    nbdev_sidebar.__wrapped__(file_glob="", file_re=r"\.(ipynb|qmd)$")
     folder = proc_nbs(force=True)
-    rename_pages(folder)
+    notebooks = rename_pages(folder)
     site = build(folder, quiet=True)
     warnings = [w for w in site.warnings if "respect-user-color-scheme" not in w]  # for Quarto; smalldocs respects it anyway
     if warnings: sys.exit("\n".join(warnings))
     keep_at_home(site.out)
+    for page in site.out.rglob("*.html"): rewrite(page, r"(/nbs/(?:[\w-]+/)*)([\w-]+\.ipynb)", lambda m: m[1] + notebooks.get(m[2], m[2]))  # "View source"
     docs = get_config().doc_path
     shutil.rmtree(docs, ignore_errors=True)
     shutil.move(site.out, docs)

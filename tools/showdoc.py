@@ -7,22 +7,43 @@ from nbdev.showdoc import BasicMarkdownRenderer
 
 
 class Renderer(BasicMarkdownRenderer):
-    "Annotations in quotes name what only a type checker imports, or what the notebook defines later: shown as they are written."
-    def __init__(self, sym, **kwargs):
-        sym = _unwrap_sym(sym)
-        try: super().__init__(sym, **kwargs)
+    """nbdev's own, and two things more. Annotations in quotes, which name what only a type checker imports or what the notebook defines
+    later, are shown as they are written. A class lists the methods of its body, so that each has a place to link to."""
+    def __init__(self, sym, name=None, **kwargs):
+        name, sym = name or getattr(sym, "__qualname__", None), _unwrap_sym(sym)
+        try: super().__init__(sym, name, **kwargs)
         except NameError:
             sym.__signature__ = inspect.signature(sym)
-            super().__init__(sym, **kwargs)
+            super().__init__(sym, name, **kwargs)
+        self.fn = self.nm  # under which nbdev's index finds the source
+
+    def _repr_markdown_(self):
+        members = [member(self.sym, name) for name in vars(self.sym) if name[0] != "_"] if inspect.isclass(self.sym) else []
+        return super()._repr_markdown_() + "".join(f"\n{m}" for m in ["\n", *members] if m)
+
+
+def member(cls: type, name: str) -> str:
+    "A method or property of a class, in one line; empty for a field."
+    found = inspect.getattr_static(cls, name)
+    function = getattr(found, "fget", None) or getattr(found, "func", None) or getattr(found, "__func__", found)
+    if not inspect.isfunction(function): return ""
+    parameters = [f"{p.name}={p.default!r}" if p.default is not p.empty else str(p).partition(":")[0] for p in inspect.signature(function).parameters.values()]
+    called = found is function or isinstance(found, classmethod | staticmethod)
+    call = f"({', '.join(p for p in parameters if p not in ('self', 'cls'))})" if called else ""
+    return f'- <a id="{cls.__qualname__.lower()}.{name.lower()}"></a>`{name}{call}`{": " * bool(function.__doc__)}{function.__doc__ or ""}'
 
 
 def site_links(cell):
-    "Links of nbdev's index become links within the site, unless their name is an everyday word; files outside nbs/ are on the repository's page."
-    if cell.cell_type != "markdown": return
+    "Links of nbdev's index become links within the site, unless their name is an everyday word or stands in code; what lies outside nbs/ is on the repository's page."
     cfg = get_config()
     site, repository = cfg.doc_host + cfg.doc_baseurl, f"{cfg.git_url}/blob/{cfg.branch}"
-    cell.source = re.sub(rf"\[(`[^`]+`)\]\((?:{re.escape(site)}(/[^)]*))\)", lambda m: f"[{m[1]}]({m[2]})" if distinct(m[1]) else m[1], cell.source)
-    cell.source = re.sub(r"\]\((?:\.\./)+((?!images/)[^)]+)\)", rf"]({repository}/\1)", cell.source)
+    link = re.compile(rf"\[(`[^`]+`)\]\({re.escape(site)}(/[^)]*)\)")
+    def within(text): return link.sub(lambda m: f"[{m[1]}]({m[2]})" if distinct(m[1]) else m[1], text)
+    if cell.cell_type == "markdown": cell.source = re.sub(r"\]\((?:\.\./)+((?!images/)[^)]+)\)", rf"]({repository}/\1)", within(cell.source))
+    for output in cell.get("outputs", []):
+        if text := output.get("data", {}).get("text/markdown"):
+            prose_and_code = re.split(r"(^```.*?^```)", "".join(text), flags=re.MULTILINE | re.DOTALL)
+            output.data["text/markdown"] = "".join(link.sub(r"\1", part) if part.startswith("```") else within(part) for part in prose_and_code)
 
 
 def distinct(name: str) -> bool:
