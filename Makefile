@@ -7,7 +7,7 @@ BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help run test browser docs traces lab prepare bench clean
+.PHONY: help run test browser docs planner dist traces lab prepare bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -29,6 +29,12 @@ browser: .venv/browser docs  ## the site and the widgets in a real browser (Chro
 traces: .venv/dev  ## after a change to tracing or to the pinned libraries: take the traces that the package carries anew
 	python tools/traces.py
 
+planner: .venv/dev  ## after the same changes: predict the grid of the site's planner anew (twenty minutes)
+	OMP_NUM_THREADS=1 python tools/planner.py
+
+dist: .venv/dev  ## wheel and source distribution, in dist/
+	python -m build --no-isolation
+
 lab: .venv/lab  ## JupyterLab on the notebooks
 	jupyter lab nbs
 
@@ -47,7 +53,7 @@ bench: .venv/bench .venv-peers/done  ## the side-by-side measurements in benchma
 	python benchmarks/performance.py
 
 clean:  ## remove the environment and everything generated beside the sources
-	rm -rf .venv .venv-peers demo build _proc _docs *.egg-info
+	rm -rf .venv .venv-peers demo build dist _proc _docs *.egg-info nbs/nbdev.yml nbs/sidebar.yml
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "devsky_nb needs Python 3.11, 3.12 or 3.13 with the venv module; none was found on PATH" >&2; exit 1; }

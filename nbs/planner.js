@@ -1,7 +1,7 @@
 // The planner without a kernel: looks predictions up in planner-data.js (tools/planner.py) and draws them.
 (() => {
   const form = document.getElementById("planner"), result = document.querySelector(".planner-result");
-  const GIB = 1024, PHASES = ["load", "encode", "denoise", "decode"], BUDGETS = [4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80];
+  const MIB = 1024, GIB = 1024 ** 2, PHASES = ["load", "encode", "denoise", "decode"], BUDGETS = [4, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80];
   const QUANTS = { 16: "16 bits", int8: "int8", nf4: "nf4", "nf4-dq": "nf4, double quantization" };
   const OFFLOADS = { none: "none", model: "model by model", group: "group of layers, fetched ahead", sequential: "layer by layer" };
   const RANGES = { budget: BUDGETS, size: PLANNER.sizes, batch: PLANNER.batches };
@@ -12,7 +12,7 @@
     made.append(...children);
     return made;
   };
-  const gib = (mib) => (mib >= GIB ? `${(mib / GIB).toFixed(1)} GiB` : `${mib} MiB`);
+  const gib = (kib) => (kib >= GIB ? `${(kib / GIB).toFixed(1)} GiB` : `${Math.round(kib / MIB)} MiB`);
   const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
   const picked = (name) => RANGES[name][field(name).value];
 
@@ -24,13 +24,14 @@
   const chosen = () => ({ quant: field("quant").value, offload: field("offload").value, f: field("f").checked, t: field("t").checked, s: field("s").checked });
   const configs = (model) => Object.keys(model.ranks).filter((c) => phases(model, c).decode);
 
-  // What is held in a phase at its worst moment, in MiB by name; undefined where the grid has no such point.
+  // What is held in a phase at its worst moment, in KiB by name; a phase is missing where the grid has no such point.
   function phases(model, config) {
-    const [quant, offload, decoder] = config.split(" "), way = `${quant} ${offload}`, batch = picked("batch"), size = picked("size");
-    const keys = { load: way, encode: `${way} ${batch}`, denoise: `${way} ${batch} ${size}`, decode: `${way} ${batch} ${size} ${decoder}` };
+    const [quant, offload, decoder] = config.split(" "), way = `${quant} ${offload}`;
+    const batch = Number(field("batch").value), at = field("size").value * PLANNER.batches.length + batch;
+    const places = { load: [way, 0], encode: [way, batch], denoise: [way, at], decode: [`${way} ${decoder}`, at] };
     const found = {};
     for (const phase of PHASES) {
-      const entry = model[phase][keys[phase]];
+      const [key, position] = places[phase], entry = model[phase][key]?.[position];
       if (!entry) continue;
       const held = Object.fromEntries(model.networks.map((name, i) => [name, model.weights[entry[0]][i]]));
       found[phase] = { ...held, tensors: entry[1], workspace: entry[2] };
@@ -101,7 +102,7 @@
       swatch.style.background = colour(name);
       return element("li", {}, swatch, `${name} ${gib(size)}`);
     });
-    document.getElementById("planner-legend").replaceChildren(element("li", { textContent: `In ${phase}:` }), ...legend, element("li", {}, element("span", { className: "swatch line" }), `budget ${gib(Math.round(budget))}`));
+    document.getElementById("planner-legend").replaceChildren(element("li", { textContent: `In ${phase}:` }), ...legend, element("li", {}, element("span", { className: "swatch line" }), `budget ${gib(budget)}`));
   }
 
   function list(model, budget) {
@@ -114,7 +115,7 @@
     document.querySelector("#planner-table tbody").replaceChildren(...found.map((config) => {
       const [phase, most] = peak(model, config);
       const button = element("button", { type: "button", className: "btn btn-link", textContent: label(model, config), onclick: () => update("", config) });
-      const left = gib(Math.round(budget - most));
+      const left = gib(budget - most);
       return element("tr", {}, element("th", { scope: "row" }, button), ...[gib(most), phase, left].map((textContent) => element("td", { textContent })));
     }));
   }
@@ -134,7 +135,7 @@
     const name = field("model").value, model = PLANNER.models[name];
     if (changed === "model") field("size").value = PLANNER.sizes.indexOf(model.own);
     config ??= settle(model, changed);
-    const budget = (picked("budget") * 1e9) / 2 ** 20, [phase, most] = peak(model, config), fits = most * (1 + PLANNER.margin) <= budget;
+    const budget = (picked("budget") * 1e9) / 1024, [phase, most] = peak(model, config), fits = most * (1 + PLANNER.margin) <= budget;
     show(config, configs(model));
     draw(model, config, budget);
     list(model, budget);
@@ -142,13 +143,13 @@
     const verdict = document.getElementById("planner-verdict");
     verdict.className = fits ? "fits" : "fits-not";
     verdict.textContent = `${fits ? "✓ Fits" : most <= budget ? "✗ Too close" : "✗ Does not fit"}: ${name}, ${label(model, config)}, ` +
-      `${UNITS.batch(picked("batch"))} of ${UNITS.size(picked("size"))} at a time. Peak ${gib(most)} in ${phase}, budget ${gib(Math.round(budget))}.`;
+      `${UNITS.batch(picked("batch"))} of ${UNITS.size(picked("size"))} at a time. Peak ${gib(most)} in ${phase}, budget ${gib(budget)}.`;
   }
 
   field("model").append(...Object.keys(PLANNER.models).map((name) => new Option(name)));
   field("quant").append(...Object.entries(QUANTS).map(([value, text]) => new Option(text, value)));
   field("offload").append(...Object.entries(OFFLOADS).map(([value, text]) => new Option(text, value)));
-  for (const [name, values] of Object.entries(RANGES)) Object.assign(field(name), { min: 0, max: values.length - 1, step: 1 });
+  for (const [name, values] of Object.entries(RANGES)) Object.assign(field(name), { min: 0, max: values.length - 1, step: 1, value: 0 });
   field("budget").value = BUDGETS.indexOf(8);
   form.hidden = result.hidden = false;
   form.addEventListener("input", (event) => update(event.target.name));

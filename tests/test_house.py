@@ -1,5 +1,5 @@
 "The tree is in step with its source: exported modules, clean notebooks, the README, the package's own promises."
-import os, re, shutil, subprocess, sys
+import ast, os, re, shutil, subprocess, sys
 from pathlib import Path
 
 import nbformat, pytest
@@ -39,6 +39,15 @@ def test_notebook_file_is_sound(path):
     assert all(len(d) < 100_000 for d in images)
     text = "".join(str(o.get("text", "")) + str(o.get("data", {}).get("text/plain", "")) for o in outputs)
     assert not re.search(r"/tmp/|/work/|/home/|0x[0-9a-f]{8,}", text)
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "#| default_exp" in p.read_text(encoding="utf-8")], ids=lambda p: p.stem)
+def test_cells_with_imports_hold_nothing_else(path):
+    "nbdev runs them when it builds the site, and a lesson has no place there."
+    trees = {c.id: ast.parse(c.source) for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code" and not c.source.startswith(("#| export", "%", "!"))}
+    imports = lambda nodes: [isinstance(n, (ast.Import, ast.ImportFrom)) for n in nodes]
+    mixed = [cell for cell, tree in trees.items() if any(imports(ast.walk(tree))) and not all(imports(tree.body))]
+    assert mixed == [], "put the imports into a cell before"
 
 
 def run(code, **env):

@@ -14,24 +14,32 @@ MODELS = ("sdxl-base", "sdxl-refiner", "ssd-1b", "sd15", "sd21", "sd3-medium", "
 SIZES, BATCHES = (512, 768, 1024), (1, 2, 4, 8)
 
 
-def words(estimate: Estimate) -> tuple[str, str, dict[str, str]]:
-    "How weights are kept, how the picture is decoded, and on what each phase depends: the same key must mean the same bytes (`record` checks it)."
+def config(estimate: Estimate) -> tuple[str, str]:
+    "How weights are kept, and how the picture is decoded, in a word each."
     s = estimate.setup
-    way = f"{s.quant or '16'} {s.offload or 'none'}"
-    decoder = "-" + "".join(letter for letter, used in (("f", s.vae == "fp16-fix"), ("t", s.vae_tiling), ("s", s.vae_slicing)) if used)
-    return way, decoder, {"load": way, "encode": f"{way} {s.batch}", "denoise": f"{way} {s.batch} {s.width}", "decode": f"{way} {s.batch} {s.width} {decoder}"}
+    decoder = "".join(letter for letter, used in (("f", s.vae == "fp16-fix"), ("t", s.vae_tiling), ("s", s.vae_slicing)) if used)
+    return f"{s.quant or '16'} {s.offload or 'none'}", f"-{decoder}"
+
+
+def places(estimate: Estimate) -> dict[str, tuple[str, int]]:  # key and position by phase
+    "On what each phase depends: in the same place the same bytes must stand (`record` checks it)."
+    s, (way, decoder) = estimate.setup, config(estimate)
+    batch = BATCHES.index(s.batch)
+    at = SIZES.index(s.width) * len(BATCHES) + batch
+    return {"load": (way, 0), "encode": (way, batch), "denoise": (way, at), "decode": (f"{way} {decoder}", at)}
 
 
 def record(model: dict, estimate: Estimate) -> None:
-    "Rank, and each phase at its worst moment, in MiB: which set of weights, the tensors, what stands beside them."
-    way, decoder, keys = words(estimate)
-    model["ranks"][f"{way} {decoder}"] = Option(estimate, 0).rank
-    for phase, key in keys.items():
+    "Rank, and each phase at its worst moment, in KiB: which set of weights, the tensors, what stands beside them."
+    model["ranks"][" ".join(config(estimate))] = Option(estimate, 0).rank
+    for phase, (key, at) in places(estimate).items():
         worst = max((s for s in estimate.stages if s.phase == phase), key=lambda s: s.total)
-        weights = [round(worst.weights.get(name, 0) / 2**20) for name in model["networks"]]
+        weights = [round(worst.weights.get(name, 0) / 1024) for name in model["networks"]]
         if weights not in model["weights"]: model["weights"].append(weights)
-        entry = [model["weights"].index(weights), round(worst.activations / 2**20), round(worst.workspace / 2**20)]
-        if model[phase].setdefault(key, entry) != entry: raise SystemExit(f"{estimate.setup}: {phase} depends on more than {key!r}")
+        entry = [model["weights"].index(weights), round(worst.activations / 1024), round(worst.workspace / 1024)]
+        row = model[phase].setdefault(key, [None] * len(SIZES) * len(BATCHES))
+        if row[at] not in (None, entry): raise SystemExit(f"{estimate.setup}: {phase} depends on more than {key!r}")
+        row[at] = entry
 
 
 def grid(model: str) -> dict:
@@ -43,6 +51,8 @@ def grid(model: str) -> dict:
         for batch in BATCHES:
             fixed = {"width": size, "height": size, "batch": batch, "guidance": True}
             for estimate in candidates(model, dtype, "cuda", fixed): record(found, estimate)
+    found["load"] = {way: row[:1] for way, row in found["load"].items()}
+    found["encode"] = {way: row[:len(BATCHES)] for way, row in found["encode"].items()}
     return found
 
 
