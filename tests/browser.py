@@ -1,14 +1,18 @@
 """Chromium for the tests of what people see, and everything that a page complains about.
 
-A test file marks itself `pytestmark = pytest.mark.browser` and takes the fixture `browser` (conftest.py). Without playwright or
-Chromium its tests are skipped and say what is missing; where DEVSKY_BROWSER=required, as in .ci/run, they fail instead.
+A test file marks itself `pytestmark = pytest.mark.browser` and takes the fixtures `browser` and `site` (conftest.py). Without playwright,
+Chromium or the built site its tests are skipped and say what is missing; where DEVSKY_BROWSER=required, as in .ci/run, they fail instead.
 """
-import os, shutil
+import os, shutil, threading
 from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
+SITE = Path(__file__).resolve().parents[1] / "_docs"
 NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
@@ -51,3 +55,17 @@ def open_page(browser, **options):
     page.on("response", lambda r: r.status >= 400 and complaints.append(f"{r.status}: {r.url}"))
     try: yield page, complaints
     finally: context.close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_): pass
+
+
+@contextmanager
+def served_site():
+    "The address of the built site, served from this machine."
+    if not (SITE / "index.html").exists(): unavailable("the site is not built: `make browser` builds it and runs these tests")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=SITE)) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try: yield f"http://127.0.0.1:{server.server_port}/"
+        finally: server.shutdown()

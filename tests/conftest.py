@@ -18,3 +18,10 @@ def browser():
     "One Chromium for all browser tests of a process."
     from browser import chromium
     with chromium() as running: yield running
+
+
+@pytest.fixture(scope="session")
+def site():
+    "The address of the built site."
+    from browser import served_site
+    with served_site() as address: yield address

@@ -1,18 +1,15 @@
 "The built site: every page, link, anchor and picture, and what a reader does with it in a real browser."
-import re, threading
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+import re
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
 
-from browser import open_page, unavailable
+from browser import SITE, open_page
 from devsky_nb._modidx import d as INDEX
 
 ROOT = Path(__file__).resolve().parents[1]
-SITE = ROOT / "_docs"
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
 OWN_FILES = "https://github.com/devsky-nb/devsky_nb/blob/main/"
 pytestmark = pytest.mark.browser
@@ -24,21 +21,9 @@ def page_of(notebook):
 
 
 @pytest.fixture(scope="module")
-def pages():
+def pages(site):
     "Every page, parsed."
-    if not (SITE / "index.html").exists(): unavailable("the site is not built: `make docs`")
     return {p.relative_to(SITE).as_posix(): BeautifulSoup(p.read_text(encoding="utf-8"), "html.parser") for p in SITE.rglob("*.html")}
-
-
-@pytest.fixture(scope="module")
-def site(pages):
-    "The address of the site, served from this machine."
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_): pass
-    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=SITE))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
-    server.shutdown()
 
 
 def test_every_notebook_has_a_page_and_stands_in_the_sidebar_in_order(pages):
