@@ -64,7 +64,9 @@ class Quiet(SimpleHTTPRequestHandler):
 @contextmanager
 def served_site():
     "The address of the built site, served from this machine."
-    if not (SITE / "index.html").exists(): unavailable("the site is not built: `make browser` builds it and runs these tests")
+    built, sources = SITE / "index.html", [p for p in SITE.with_name("nbs").rglob("*") if p.suffix in (".ipynb", ".qmd", ".js", ".css") and "checkpoint" not in p.name]
+    if not built.exists() or max(p.stat().st_mtime for p in sources) > built.stat().st_mtime:
+        unavailable("the site is not built, or older than nbs/: `make browser` builds it and runs these tests")
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=SITE)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         try: yield f"http://127.0.0.1:{server.server_port}/"
