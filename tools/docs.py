@@ -36,10 +36,11 @@ def rename_pages(folder: Path) -> dict[str, str]:  # page -> notebook
 def keep_at_home(site: Path) -> None:
     "What the pages would take from other people's servers: fonts are the reader's own, formulas are MathML, which browsers set by themselves."
     for sheet in site.rglob("*.css"): rewrite(sheet, r"@import url\(https?:[^)]*\);?", "")
+    formula = r'(<span class="math (inline|display)">)\\[(\[](.*?)\\[)\]]</span>'
     mode = {"inline": "inline", "display": "block"}
     for page in site.rglob("*.html"):
         rewrite(page, r"<(link|script)[^>]*katex[^>]*>(</script>)?", "")
-        rewrite(page, r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', lambda m: convert(html.unescape(m[2]), display=mode[m[1]]))
+        rewrite(page, formula, lambda m: f"{m[1]}{convert(html.unescape(m[3]), display=mode[m[2]])}</span>")
 
 
 def rewrite(file: Path, pattern: str, new) -> None:
