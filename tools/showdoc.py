@@ -39,7 +39,8 @@ def site_links(cell):
     site, repository = cfg.doc_host + cfg.doc_baseurl, f"{cfg.git_url}/blob/{cfg.branch}"
     link = re.compile(rf"\[(`[^`]+`)\]\({re.escape(site)}(/[^)]*)\)")
     def within(text): return link.sub(lambda m: f"[{m[1]}]({m[2]})" if distinct(m[1]) else m[1], text)
-    if cell.cell_type == "markdown": cell.source = re.sub(r"\]\((?:\.\./)+((?!images/)[^)]+)\)", rf"]({repository}/\1)", within(cell.source))
+    def outside(m): return m[0] if (cfg.nbs_path / m[1].partition("#")[0]).exists() else f"]({repository}/{m[1]})"
+    if cell.cell_type == "markdown": cell.source = re.sub(r"\]\((?:\.\./)+([^)]+)\)", outside, within(cell.source))
     for output in cell.get("outputs", []):
         if text := output.get("data", {}).get("text/markdown"):
             prose_and_code = re.split(r"(^```.*?^```)", "".join(text), flags=re.MULTILINE | re.DOTALL)
