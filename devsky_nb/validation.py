@@ -126,6 +126,7 @@ def embed_entries(image_set: dict,
                   progress: bool = False,  # a bar on standard error
                   on_embedded: Callable[[int, Embedded], None] | None = None,  # with the position in the set
                   on_image: Callable[[int, Image.Image], None] | None = None,  # the same, from worker threads
+                  tick: Callable[[int], object] = lambda n: None,  # told how many entries were dealt with; what it raises ends the work
                   ) -> dict:  # the document's results
     "Embed every sound entry, record every other one."
     from tqdm import tqdm
@@ -136,6 +137,7 @@ def embed_entries(image_set: dict,
     see = on_image and (lambda n, image: on_image(good[n], image))
     stream = embedder.embed_stream(sources, batch_size, on_image=see, hash_pixels=on_embedded is not None)
     for i, item in zip(good, tqdm(stream, total=len(good), unit="img", disable=not progress), strict=True):
+        tick(1)
         if not item.ok: errors.append(error_record(i, images[i], str(item.error), type(item.error).__name__, **failure(item.error)))
         else:
             vectors[len(done)] = item.vector
@@ -531,12 +533,13 @@ def check_image_set(image_set: dict | list,  # as for `validate_image_embeddings
                     batch_size: int = 32,
                     progress: bool = False,  # a bar on standard error
                     template: str = "a photo of a {}",  # "{}" stands for a label
+                    tick: Callable[[int], object] = lambda n: None,  # told how many entries were dealt with; what it raises ends the work
                     ) -> ValidationReport:
     "Embed an image set, look for what is wrong in it, and hold it against its contract."
     check_template(template)
     image_set = as_image_set(image_set)
     seen = Measurements(len(images_of(image_set)))
-    results = embed_entries(image_set, embedder, batch_size, progress, seen.keep, seen.see)
+    results = embed_entries(image_set, embedder, batch_size, progress, seen.keep, seen.see, tick)
     found = results["embeddings"]
     method, wrong = label_findings(found, embedder, template)
     report = ValidationReport(results, {

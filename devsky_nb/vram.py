@@ -9,11 +9,11 @@ __all__ = ['ITEMSIZE', 'QUANTS', 'CHOICES', 'MOST', 'LARGEST', 'GPU', 'CPU', 'PH
            'staying', 'residents', 'fetched', 'Stage', 'decode_itemsize', 'part_bytes', 'weights_of', 'stage',
            'loading', 'stages', 'Estimate', 'reserved', 'take_layers', 'estimate_vram', 'Option',
            'quantization_settings', 'quantization_code', 'source_of', 'picture_code', 'network_code', 'candidates',
-           'Plan', 'what_would_fit', 'usual_dtype', 'plan_vram', 'plot_phases', 'plot_claims', 'plot_sizes',
-           'MemoryTimeline', 'VramMonitor', 'plot_timeline']
+           'Plan', 'what_would_fit', 'checked_budget', 'usual_dtype', 'plan_vram', 'plot_phases', 'plot_claims',
+           'plot_sizes', 'MemoryTimeline', 'VramMonitor', 'plot_timeline']
 
 # %% ../nbs/10_vram.ipynb #6dd30408
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import cached_property, lru_cache
@@ -557,6 +557,12 @@ def what_would_fit(least: Option) -> str:
         if smaller.fits: return said + f"; or one picture of {side}×{side}, which takes {format_bytes(smaller.estimate.peak_allocated)}"
     return said
 
+def checked_budget(budget: int | str) -> int:  # bytes
+    "A budget that is not a number of gigabytes by mistake."
+    limit = parse_bytes(budget)
+    if limit < 64 * 2**20: raise ValidationError(f"budget={budget!r} is {format_bytes(limit)}: give bytes, or a text such as '8GB' or '7.5GiB'", details={"budget": str(budget)})
+    return limit
+
 def usual_dtype(model: str | Path, device: str) -> str:  # of `ITEMSIZE`
     "The number format in which a model is run."
     if device == "cpu": return "fp32"
@@ -574,16 +580,18 @@ def plan_vram(model: str | Path,  # alias, Hub id or folder
               without: list[str] = (),  # components that the pipeline is given as None
               device: str = "cuda",
               top: int = 10,  # options to keep
+              tick: Callable[[int], object] = lambda n: None,  # told how many configurations were tried; what it raises ends the search
               ) -> Plan:
     "Find the configurations that fit a budget."
-    limit, missing = parse_bytes(budget), component_names("without", without) or ()
-    if limit < 64 * 2**20: raise ValidationError(f"budget={budget!r} is {format_bytes(limit)}: give bytes, or a text such as '8GB' or '7.5GiB'", details={"budget": str(budget)})
+    limit, missing = checked_budget(budget), component_names("without", without) or ()
     if not is_count(top) or top < 1: raise ValidationError(f"top={top!r:.60}: expected a number of options, 1 or more", details={"top": repr(top)[:60]})
     if needed := [name for name in missing if name not in WITHOUT]:
         raise ValidationError(f"without: a pipeline cannot draw without {needed[0]!r}; it can without {', '.join(WITHOUT)}", details={"without": needed, "accepted": list(WITHOUT)})
     dtype = usual_dtype(model, device) if dtype is None else dtype
     fixed = {"width": width, "height": height, "batch": batch, "guidance": guidance, "without": missing}
-    found = sorted((Option(e, limit) for e in candidates(model, dtype, device, fixed)), key=lambda o: o.rank)
+    found = []
+    for estimate in candidates(model, dtype, device, fixed): found.append(Option(estimate, limit)); tick(1)
+    found.sort(key=lambda o: o.rank)
     kept: list[Option] = []
     for option in found:
         if option.fits and not any(o.beats(option) for o in kept): kept.append(option)
