@@ -547,13 +547,14 @@ class Plan:
         return html_table(repr(self).partition("\n")[0], ("configuration", "peak", "in", "left"), rows) + (f"<pre>{escape(self.best.code)}</pre>" if rows else "")
 
 # %% ../nbs/10_vram.ipynb #ebb90d87
-def what_would_fit(least: Option) -> str:
+def what_would_fit(least: Option, tick: Callable[[int], object] = lambda n: None) -> str:
     "What to say when nothing fits."
     s, size, peak = least.estimate.setup, least.estimate.pipeline.size, least.estimate.peak_allocated
     said = f"nothing fits. The least is {least.label}: {format_bytes(peak)} at the worst moment, so a budget of {format_bytes(peak * (1 + MARGIN))}"
     for side in (768, 512, 256):
         if not size[0] or side >= min(size) and s.batch == 1: continue
         smaller = Option(estimate_vram(**asdict(replace(s, width=side, height=side, batch=1))), least.budget)
+        tick(1)
         if smaller.fits: return said + f"; or one picture of {side}×{side}, which takes {format_bytes(smaller.estimate.peak_allocated)}"
     return said
 
@@ -596,7 +597,7 @@ def plan_vram(model: str | Path,  # alias, Hub id or folder
     for option in found:
         if option.fits and not any(o.beats(option) for o in kept): kept.append(option)
     least = min(found, key=lambda o: o.estimate.peak_allocated)
-    return Plan(str(model), limit, tuple(kept[:top]), least.estimate, "" if kept else what_would_fit(least))
+    return Plan(str(model), limit, tuple(kept[:top]), least.estimate, "" if kept else what_would_fit(least, tick))
 
 # %% ../nbs/10_vram.ipynb #afcadafd
 PALETTE = {"unet": "#0072B2", "transformer": "#0072B2", "text_encoder": "#56B4E9", "text_encoder_2": "#009E73", "text_encoder_3": "#CC79A7", "vae": "#F0E442", "safety_checker": "#999999",

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'STYLE', 'PATIENCE', 'DRAWING', 'PRECISIONS', 'MAP', 'THUMB', 'MOST_THUMBS', 'KINDS', 'Stopped', 'Job',
-           'control', 'Panel', 'static_html', 'settings_text', 'picture_html', 'plot_html', 'side_choices',
+           'as_path', 'control', 'Panel', 'static_html', 'settings_text', 'picture_html', 'plot_html', 'side_choices',
            'MemoryPlanner', 'option_text', 'memory_planner', 'picture_difference', 'QuantizationExplorer', 'pair_html',
            'quantization_explorer', 'map_positions', 'place', 'draw_map', 'EmbeddingExplorer', 'listening',
            'embedding_explorer', 'review_list', 'corrected_set', 'ValidationReview', 'validation_review',
@@ -27,7 +27,7 @@ from PIL import Image, ImageDraw
 from .bulk import embed_images, local_tables
 from .cache import CachedRevision, CacheReport, EvictionPlan, cache_report, hub_cache, pin, pins, plan_eviction, unpin
 from .clip import CLIPImageEmbedder
-from .device import format_bytes, parse_bytes
+from .device import check_device, format_bytes, parse_bytes
 from .errors import DevSkyyError, FileNotFoundError, MLError, ValidationError
 from .generation import SEEDS, GenerationCancelled, QuantizedSDXLGenerator, checked_text, whole
 from .images import load_image
@@ -85,6 +85,7 @@ STYLE = """<style>
 .devsky img {max-width: 100%; border-radius: 3px}
 .devsky .devsky-error {border-left: 4px solid #c62828; background: rgba(198, 40, 40, .12); padding: 2px 8px; line-height: 1.4; white-space: normal}
 .devsky .devsky-stale {opacity: .45}
+.devsky p {margin: 4px 0}
 .devsky textarea, .devsky select {font-family: var(--jp-code-font-family, monospace)}
 .devsky figure {display: inline-block; margin: 0 12px 8px 0; vertical-align: top; line-height: 1.3}
 .devsky-map {position: relative; width: 100%; max-width: 800px; overflow: visible}
@@ -92,6 +93,13 @@ STYLE = """<style>
 .devsky-map button.devsky-point:hover, .devsky-map button.devsky-point:focus {outline: 3px solid #D55E00; z-index: 2}
 .devsky-map button.devsky-chosen {outline: 3px solid #0072B2; z-index: 1}
 </style>"""
+
+def as_path(name: str,  # of the argument
+            value: object,
+            ) -> Path:
+    "A path, or the reason why it is none."
+    if isinstance(value, str | Path) and str(value).strip(): return Path(value).expanduser()
+    raise ValidationError(f"{name}={value!r:.60}: expected a path", details={name: repr(value)[:60]})
 
 def control(kind: type[Widget],  # such as IntSlider
             name: str,  # what stands before it
@@ -279,8 +287,7 @@ def side_choices(own: int,  # the model's own side in pixels; 0: it does not dra
     "Sides of square pictures that a model may be asked for."
     step = 64 if own >= 256 else 16
     sides = sorted({max(step, round(own * share / step) * step) for share in (.5, .75, 1.25, 1.5, 2)} - {own, 0}) if own else []
-    own_choice = [(f"{own} × {own}, its own" if own else "its own", 0)]
-    return [(f"{s} × {s}", s) for s in sides if s < own] + own_choice + [(f"{s} × {s}", s) for s in sides if s > own]
+    return [(f"{s}²", s) for s in sides if s < own] + [(f"{own}² (own)" if own else "own", 0)] + [(f"{s}²", s) for s in sides if s > own]
 
 # %% ../nbs/14_widgets.ipynb #5475bd9e
 class MemoryPlanner(Panel):
@@ -346,7 +353,7 @@ def _predict(self: MemoryPlanner, model: str, budget: int, drawn: dict, how: dic
 def option_text(option: Option) -> str:
     "What an option takes, in a sentence."
     peak, phase = format_bytes(option.estimate.peak_allocated), option.estimate.peak_phase
-    return f"{option.label}: {peak} at the worst moment, in {phase}; {format_bytes(option.margin)} left" if option.fits else f"{option.label}: does not fit; {peak} at the worst moment, in {phase}"
+    return f"{option.label}: {peak} in {phase}, {format_bytes(option.margin)} left" if option.fits else f"{option.label}: does not fit, {peak} in {phase}"
 
 # %% ../nbs/14_widgets.ipynb #72418728
 @patch
@@ -455,7 +462,7 @@ def quantization_explorer(model: str | Path = "tiny-sdxl",  # alias, Hub id or f
                           ) -> QuantizationExplorer:
     "Compare a picture at two precisions."
     if not checked_text("prompt", prompt).strip(): raise ValidationError(f"prompt={prompt!r}: expected a description of a picture", details={"prompt": prompt})
-    whole("seed", seed, *SEEDS), whole("steps", steps, 1, 50)
+    whole("seed", seed, *SEEDS), whole("steps", steps, 1, 50), check_device(device)
     kind = "sdxl" if is_model_folder(model) else find_spec(model).kind
     if kind != "sdxl": raise ValidationError(f"{str(model)!r} draws no pictures: name an SDXL, such as 'tiny-sdxl'", details={"model": str(model), "kind": kind})
     return QuantizationExplorer(model, prompt, seed, steps, device)
@@ -526,6 +533,7 @@ def _embed(self: EmbeddingExplorer, job: Job) -> None:
     "In the thread."
     self.embedder = self.embedder or CLIPImageEmbedder("tiny-clip")
     report = embed_images(self.folder, self.out, self.embedder, engine=listening(job))
+    if not report.embedded: raise ValidationError(f"there is no picture to show in {str(self.folder)!r}: {report}", details={"folder": str(self.folder)})
     index = FolderIndex(self.out).load()
     rows = np.linspace(0, len(index) - 1, min(len(index), MOST_THUMBS)).round().astype(int).tolist()
     job.what, job.done, job.total = "drawing the map", 0, len(rows)
@@ -574,11 +582,11 @@ def embedding_explorer(folder: str | Path,  # with image files, at any depth
                        out: str | Path | None = None,  # folder for the vectors, outside `folder`; None: kept until the explorer is closed
                        ) -> EmbeddingExplorer:
     "Look around in a folder of pictures."
-    source = Path(folder)
+    source, target = as_path("folder", folder), None if out is None else as_path("out", out)
     if not source.is_dir(): raise FileNotFoundError(f"no folder {str(folder)!r}: name one with pictures in it", details={"folder": str(folder)})
     if not isinstance(embedder, CLIPImageEmbedder | None): raise ValidationError(f"embedder={embedder!r:.60}: expected a CLIPImageEmbedder, or None", details={"embedder": repr(embedder)[:60]})
-    if out is not None and Path(out).resolve().is_relative_to(source.resolve()): raise ValidationError(f"out={str(out)!r} is inside {str(folder)!r}: choose a folder outside", details={"out": str(out)})
-    return EmbeddingExplorer(source, embedder, None if out is None else Path(out))
+    if target and target.resolve().is_relative_to(source.resolve()): raise ValidationError(f"out={str(out)!r} is inside {str(folder)!r}: choose a folder outside", details={"out": str(out)})
+    return EmbeddingExplorer(source, embedder, target)
 
 # %% ../nbs/14_widgets.ipynb #b40524df
 KINDS = {"failed": "failed", "label": "perhaps mislabelled", "copy": "copies", "outlier": "outliers", "warning": "warnings"}
@@ -623,7 +631,7 @@ class ValidationReview(Panel):
             kind=control(Dropdown, "show", options=[("everything", "")]), entry=control(Select, "findings", "52em", options=[], rows=9),
             label=control(Combobox, "label", placeholder="another label", ensure_option=False), relabel=button("Relabel", "Give the chosen picture this label"),
             accept=button("Take suggestion", "Give the chosen picture the label that it looks like"), leave=button("Leave out / keep", "Leave the chosen entry out, or keep it after all"),
-            leave_all=button("Leave out all shown", "Leave out every entry of the list"), out=control(Text, "file", "40em", value=str(out)), export=button("Export", "Write the corrected set", button_style="primary"))
+            leave_all=button("Leave all out", "Leave out every entry that the list shows"), out=control(Text, "file", "40em", value=str(out)), export=button("Export", "Write the corrected set", button_style="primary"))
         self.verdict, self.card, self.decided = HTML(), HTML(), HTML()
         super().__init__("Validation review", [ui.kind], [ui.entry, self.card, HBox([ui.label, ui.relabel, ui.accept]), HBox([ui.leave, ui.leave_all]), HBox([ui.out, ui.export]), self.decided, self.verdict])
         ui.kind.observe(self._list, "value")
@@ -716,7 +724,8 @@ def leave_all(self: ValidationReview) -> str:
 def export(self: ValidationReview) -> str:
     "Write the corrected set to a new file."
     if self.report is None: raise ValidationError("the set is not checked yet: wait until it is")
-    path = Path(self.ui.out.value).expanduser().absolute()
+    path = as_path("file", self.ui.out.value).absolute()
+    if path.suffix != ".json": raise ValidationError(f"{path.name!r} must end in .json: that is what is written", details={"path": str(path)})
     if path != self.written and path.exists(): raise ValidationError(f"{str(path)!r} is there already and stays as it is: choose another name", details={"path": str(path)})
     text = json.dumps(corrected_set(self.report.images, self.report.results["metadata"], self.labels, self.left_out, path.parent), indent=1, ensure_ascii=False, allow_nan=False)
     self.written = write_report(path, text + "\n")
@@ -734,7 +743,7 @@ def validation_review(image_set: dict | list,  # as `check_image_set` takes it
     images_of(image_set)
     if not isinstance(embedder, CLIPImageEmbedder): raise ValidationError(f"embedder={embedder!r:.60}: expected a CLIPImageEmbedder", details={"embedder": repr(embedder)[:60]})
     if not isinstance(contract, ImageSetContract | None): raise ValidationError(f"contract={contract!r:.60}: expected an ImageSetContract, or None", details={"contract": repr(contract)[:60]})
-    return ValidationReview(image_set, embedder, contract, Path(out))
+    return ValidationReview(image_set, embedder, contract, as_path("out", out))
 
 # %% ../nbs/14_widgets.ipynb #8b6891fa
 class CacheManager(Panel):
@@ -746,7 +755,7 @@ class CacheManager(Panel):
             refresh=button("Refresh", "Look at the cache again"), revision=control(Dropdown, "revision", "40em", options=[("none", "")]),
             alias=control(Text, "pin as", placeholder="production"), pin=button("Pin", "Protect this revision"), unpin=button("Unpin", "Give this pin up; nothing is deleted"),
             limit=control(Text, "shrink to", placeholder="20GB"), days=control(Text, "unused days", placeholder="90"), make_plan=button("Plan", "What would be deleted? Nothing is, yet", button_style="primary"),
-            confirm=Checkbox(description="nothing is planned", indent=False, disabled=True, layout=Layout(width="40em")), evict=button("Evict", "Delete what the plan names", button_style="danger", disabled=True))
+            confirm=Checkbox(description="nothing is planned", indent=False, disabled=True, layout=Layout(width="auto")), evict=button("Evict", "Delete what the plan names", button_style="danger", disabled=True))
         self.stored, self.planned = HTML(), HTML()
         super().__init__("Cache manager", [HBox([ui.revision, ui.refresh]), HBox([ui.alias, ui.pin, ui.unpin]), HBox([ui.limit, ui.days, ui.make_plan]), HBox([ui.confirm, ui.evict])], [self.planned, self.stored])
         for name, do in (("refresh", self.refresh), ("make_plan", self.make_plan), ("evict", self.evict)): getattr(ui, name).on_click(lambda _, do=do: do())
@@ -839,8 +848,7 @@ def evict(self: CacheManager) -> None:
 def cache_manager(cache_dir: str | Path | None = None,  # Hub cache; None: the usual one
                   ) -> CacheManager:
     "See, pin and shrink the model cache."
-    if cache_dir is not None and not isinstance(cache_dir, str | Path): raise ValidationError(f"cache_dir={cache_dir!r:.60}: expected a folder, or None", details={"cache_dir": repr(cache_dir)[:60]})
-    if cache_dir is not None and not hub_cache(cache_dir).is_dir(): raise FileNotFoundError(f"no folder {str(cache_dir)!r}: name a Hub cache, or None for the usual one", details={"cache_dir": str(cache_dir)})
+    if cache_dir is not None and not hub_cache(as_path("cache_dir", cache_dir)).is_dir(): raise FileNotFoundError(f"no folder {str(cache_dir)!r}: name a Hub cache, or None for the usual one", details={"cache_dir": str(cache_dir)})
     return CacheManager(cache_dir)
 
 # %% ../nbs/14_widgets.ipynb #3e012a53

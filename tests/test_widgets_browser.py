@@ -1,5 +1,5 @@
 "The widgets in JupyterLab: started for real, driven by keyboard and mouse, without a complaint on the console."
-import os, re, secrets, shutil, socket, subprocess, sys, time, urllib.request
+import json, os, re, secrets, shutil, socket, subprocess, sys, time, urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,9 +22,12 @@ def lab(tmp_path_factory):
     shutil.copy(ROOT / "tests" / "hubcache.py", home / "tests")
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     env = os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"),
-                        "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "IPYTHONDIR": str(home / "ipython"), "HF_HUB_OFFLINE": "1"}
+                        "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "IPYTHONDIR": str(home / "ipython"), "HF_HUB_OFFLINE": "1", "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
                "--allow-root", f"--ServerApp.root_dir={home}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None", "--LabApp.expose_app_in_browser=True"]
+    news = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
+    news.parent.mkdir(parents=True)
+    news.write_text('{"fetchNews": "false"}')
     log = (home / "lab.log").open("w")
     server = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
@@ -50,17 +53,186 @@ def wait_until(true, seconds, story, server):
 
 
 def write_notebook(home, name, *sources):
-    "A notebook of its own for a test."
+    "A notebook for a test."
     nb = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(s) for s in sources], metadata={"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}})
     nbformat.write(nb, home / "nbs" / f"{name}.ipynb")
 
 
-def run_all(page, address, name, theme="light"):
-    "Open a notebook, run every cell, and wait until the kernel is idle again."
-    page.goto(f"{address}/lab/workspaces/{name}-{secrets.token_hex(3)}/tree/nbs/{name}.ipynb?token={TOKEN}")
-    page.locator(".jp-NotebookPanel:not(.lm-mod-hidden)").wait_for(timeout=90_000)
-    page.locator(".jp-Notebook-ExecutionIndicator[data-status='idle']").first.wait_for(timeout=90_000, state="attached")
-    page.evaluate("() => window.jupyterapp && 0")
-    page.get_by_role("menuitem", name="Run", exact=True).click()
-    page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
-    return page
+def open_notebook(page, address, name):
+    "Open a notebook in JupyterLab, and wait for its kernel."
+    page.goto(f"{address}/lab/workspaces/{secrets.token_hex(4)}/tree/nbs/{name}.ipynb?token={TOKEN}")
+    page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=120_000)
+
+
+def run_all(page):
+    "Run every cell, as the menu does."
+    page.evaluate("() => { window.ran = null; window.jupyterapp.commands.execute('notebook:run-all-cells').then(well => { window.ran = [well] }) }")
+    page.wait_for_function("() => window.ran", timeout=240_000)
+    for kind in ("error", "stderr"): assert page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']").all_inner_texts() == []
+    assert page.evaluate("() => window.ran") == [True]
+
+
+def set_theme(page, theme): page.evaluate("async theme => { await window.jupyterapp.commands.execute('apputils:change-theme', {theme}) }", theme)
+
+
+def test_the_notebook_shows_pictures_before_it_runs_and_widgets_after(lab, browser):
+    address, _ = lab
+    with open_page(browser, viewport={"width": 1400, "height": 1000}) as (page, complaints):
+        open_notebook(page, address, "14_widgets")
+        kept = page.locator(".jp-OutputArea-output .jp-RenderedHTML")
+        assert kept.locator("img").count() >= 5 and page.locator(".devsky").count() == 0
+        run_all(page)
+        page.locator(".devsky").nth(4).wait_for(timeout=30_000, state="attached")
+        assert complaints == []
+
+
+HUB = """from pathlib import Path
+import sys; sys.path.append("../tests")
+from hubcache import make_repo
+from devsky_nb.clip import CLIPImageEmbedder
+from devsky_nb.garments import write_catalogue
+from devsky_nb.widgets import *
+_ = make_repo("hub", "shop/clip", {"c0ffee1" + "0" * 33: {"model.safetensors": b"weights" * 1000}}, refs={"main": "c0ffee1" + "0" * 33})
+catalogue, embedder = write_catalogue("catalogue", n=16), CLIPImageEmbedder("tiny-clip", device="cpu")"""
+PANELS = {"Memory planner": "memory_planner('tiny-sdxl', '2GB')", "Quantization explorer": "quantization_explorer(steps=2, device='cpu')", "Embedding explorer": "embedding_explorer('catalogue', embedder)",
+          "Validation review": "validation_review(catalogue, embedder, out='catalogue/image_set.json')", "Cache manager": "cache_manager('hub')", "VRAM timeline": "vram_timeline(device='cpu')"}
+
+
+@pytest.fixture(scope="module")
+def opened(lab, browser):
+    "The six panels in one notebook that has run: a page, its complaints, and where its files are."
+    address, home = lab
+    write_notebook(home, "panels", HUB, *PANELS.values())
+    with open_page(browser, viewport={"width": 1400, "height": 1400}) as (page, complaints):
+        page.set_default_timeout(60_000)
+        open_notebook(page, address, "panels")
+        run_all(page)
+        yield page, complaints, home / "nbs"
+
+
+@pytest.fixture
+def find(opened):
+    "A panel by its name; afterwards, nothing must have been complained about."
+    page, complaints, _ = opened
+    def panel(name):
+        found = page.locator(".devsky", has_text=name)
+        found.scroll_into_view_if_needed()
+        return found
+    yield panel
+    assert complaints == []
+
+
+def labelled(panel, name): return panel.locator(".widget-inline-hbox, .jupyter-widget-inline-hbox", has=panel.page.get_by_text(name, exact=True)).first
+
+
+def test_the_planner_is_moved_by_keyboard(find, opened):
+    from playwright.sync_api import expect
+    planner, page = find("Memory planner"), opened[0]
+    expect(planner.locator("img")).to_have_attribute("alt", re.compile(r"fp16: .* left"))
+    code, before = planner.locator("textarea"), planner.locator("img").get_attribute("src")
+    expect(code).to_have_value(re.compile("num_images_per_prompt=1"))
+    labelled(planner, "batch").locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    expect(code).to_have_value(re.compile("num_images_per_prompt=2"))
+    expect(planner.locator("img")).not_to_have_attribute("src", before)
+    ranked = planner.locator("select[size], select[multiple]").last
+    ranked.focus()
+    first = code.input_value()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    expect(code).not_to_have_value(first)
+
+
+def test_a_drawing_is_cancelled_while_other_panels_answer(find, opened):
+    from playwright.sync_api import expect
+    page, explorer = opened[0], find("Quantization explorer")
+    expect(explorer.locator("img")).to_have_count(3)
+    steps = labelled(explorer, "steps").locator(".widget-readout")
+    steps.fill("50")
+    steps.press("Enter")
+    explorer.get_by_role("button", name="Draw").focus()
+    page.keyboard.press("Enter")
+    expect(explorer).to_contain_text(re.compile(r"drawing: \d+ of 100"))
+    planner = find("Memory planner")
+    labelled(planner, "batch").locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    expect(planner.locator("textarea")).to_have_value(re.compile("num_images_per_prompt=3"))
+    expect(explorer).to_contain_text(re.compile(r"drawing: \d+ of 100"))  # still: nobody had to wait for it
+    explorer.get_by_role("button", name="Cancel").click()
+    expect(explorer).to_contain_text("cancelled after")
+    expect(explorer.locator("img")).to_have_count(3)
+
+
+def test_a_point_of_the_map_is_reached_by_tab_and_shows_its_neighbours(find, opened):
+    from playwright.sync_api import expect
+    page, explorer = opened[0], find("Embedding explorer")
+    points = explorer.locator("button.devsky-point")
+    expect(points.first).to_be_visible()
+    assert points.count() == 13 and points.first.get_attribute("title")
+    explorer.get_by_role("button", name="Embed").focus()
+    for _ in range(2): page.keyboard.press("Tab")  # Cancel cannot be used now, so it is passed over
+    name = page.evaluate("() => document.activeElement.title")
+    page.keyboard.press("Enter")
+    expect(explorer.locator("figure")).to_have_count(10)
+    expect(explorer.locator("figcaption").nth(1)).to_have_text(name)
+    expect(explorer.locator("button.devsky-chosen")).to_have_attribute("title", name)
+    box, area = points.first.bounding_box(), explorer.locator(".devsky-map img").bounding_box()
+    assert area["x"] - 1 <= box["x"] and box["x"] + box["width"] <= area["x"] + area["width"] + 1
+    points.last.click()
+    expect(explorer.locator("figcaption").nth(1)).to_have_text(points.last.get_attribute("title"))
+
+
+def test_a_review_is_exported_and_never_over_the_source(find, opened):
+    from playwright.sync_api import expect
+    review, folder = find("Validation review"), opened[2]
+    source = (folder / "catalogue" / "image_set.json").read_text()
+    labelled(review, "show").locator("select").select_option(label=review.locator("option", has_text="failed").first.inner_text())
+    review.get_by_role("button", name="Leave all out").click()
+    review.get_by_role("button", name="Export").click()
+    expect(review.get_by_role("alert")).to_contain_text("choose another name")
+    assert (folder / "catalogue" / "image_set.json").read_text() == source
+    labelled(review, "file").locator("input").fill("reviewed.json")
+    review.get_by_role("button", name="Export").click()
+    expect(review.get_by_role("status")).to_contain_text("written: reviewed.json")
+    assert len(json.loads((folder / "reviewed.json").read_text())["images"]) == 13
+
+
+def test_the_cache_is_emptied_after_the_box_is_ticked(find, opened):
+    from playwright.sync_api import expect
+    manager, snapshots = find("Cache manager"), opened[2] / "hub" / "models--shop--clip" / "snapshots"
+    evict, box = manager.get_by_role("button", name="Evict"), manager.get_by_role("checkbox")
+    expect(evict).to_be_disabled()
+    labelled(manager, "shrink to").locator("input").fill("1KB")
+    manager.get_by_role("button", name="Plan").click()
+    expect(box).to_be_enabled()
+    expect(evict).to_be_disabled()
+    box.focus()
+    opened[0].keyboard.press("Space")
+    expect(evict).to_be_enabled()
+    assert len(list(snapshots.iterdir())) == 1
+    evict.click()
+    expect(manager).to_contain_text("freed")
+    assert not snapshots.exists() or not list(snapshots.iterdir())
+
+
+def test_the_timeline_is_drawn_until_it_is_stopped(find):
+    from playwright.sync_api import expect
+    watch = find("VRAM timeline")
+    watch.get_by_role("button", name="Start").click()
+    expect(watch.locator("img")).to_be_visible()
+    first = watch.locator("img").get_attribute("src")
+    expect(watch.locator("img")).not_to_have_attribute("src", first)
+    watch.get_by_role("button", name="Stop").click()
+    expect(watch.get_by_role("button", name="Start")).to_be_enabled()
+    expect(watch).to_contain_text("over a baseline of")
+
+
+def test_text_follows_the_theme(find, opened):
+    page, colours = opened[0], {}
+    for theme in ("JupyterLab Dark", "JupyterLab Light"):
+        set_theme(page, theme)
+        page.wait_for_function("dark => document.body.dataset.jpThemeLight === String(!dark)", arg="Dark" in theme)
+        if out := os.environ.get("DEVSKY_SCREENSHOTS"):
+            for name in PANELS: find(name).screenshot(path=f"{out}/{name} {theme}.png")
+        colours[theme] = find("Memory planner").locator("p").first.evaluate("e => getComputedStyle(e).color")
+    assert len(set(colours.values())) == 2
