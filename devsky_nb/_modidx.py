@@ -1649,4 +1649,5 @@ d = { 'settings': { 'branch': 'main',
                                    'devsky_nb.widgets.side_choices': ('widgets.html#side_choices', 'devsky_nb/widgets.py'),
                                    'devsky_nb.widgets.static_html': ('widgets.html#static_html', 'devsky_nb/widgets.py'),
                                    'devsky_nb.widgets.validation_review': ('widgets.html#validation_review', 'devsky_nb/widgets.py'),
-                                   'devsky_nb.widgets.vram_timeline': ('widgets.html#vram_timeline', 'devsky_nb/widgets.py')}}}
+                                   'devsky_nb.widgets.vram_timeline': ('widgets.html#vram_timeline', 'devsky_nb/widgets.py'),
+                                   'devsky_nb.widgets.walk': ('widgets.html#walk', 'devsky_nb/widgets.py')}}}

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'STYLE', 'PATIENCE', 'DRAWING', 'PRECISIONS', 'MAP', 'THUMB', 'MOST_THUMBS', 'KINDS', 'Stopped', 'Job',
-           'as_path', 'control', 'Panel', 'static_html', 'settings_text', 'picture_html', 'plot_html', 'side_choices',
-           'MemoryPlanner', 'option_text', 'memory_planner', 'picture_difference', 'QuantizationExplorer', 'pair_html',
-           'quantization_explorer', 'map_positions', 'place', 'draw_map', 'EmbeddingExplorer', 'listening',
-           'embedding_explorer', 'review_list', 'corrected_set', 'ValidationReview', 'validation_review',
-           'CacheManager', 'days_of', 'cache_manager', 'VramTimeline', 'vram_timeline']
+           'as_path', 'control', 'walk', 'Panel', 'static_html', 'settings_text', 'picture_html', 'plot_html',
+           'side_choices', 'MemoryPlanner', 'option_text', 'memory_planner', 'picture_difference',
+           'QuantizationExplorer', 'pair_html', 'quantization_explorer', 'map_positions', 'place', 'draw_map',
+           'EmbeddingExplorer', 'listening', 'embedding_explorer', 'review_list', 'corrected_set', 'ValidationReview',
+           'validation_review', 'CacheManager', 'days_of', 'cache_manager', 'VramTimeline', 'vram_timeline']
 
 # %% ../nbs/14_widgets.ipynb #a22de249
-import base64, io, json, logging, math, shutil, tempfile, threading, time
+import base64, io, json, logging, math, tempfile, threading, time
 from collections.abc import Callable, Iterator
 from functools import partial
 from html import escape
@@ -89,6 +89,8 @@ STYLE = """<style>
 .devsky textarea, .devsky select {font-family: var(--jp-code-font-family, monospace)}
 .devsky figure {display: inline-block; margin: 0 12px 8px 0; vertical-align: top; line-height: 1.3}
 .devsky-map {position: relative; width: 100%; max-width: 800px; overflow: visible}
+.devsky-map > .widget-html, .devsky-map figure {display: block; width: 100%; margin: 0; height: auto}
+.devsky-map img {display: block; width: 100%}
 .devsky-map button.devsky-point {position: absolute; width: 6%; height: 9.6%; margin: 0; padding: 0; min-width: 0; background: transparent; border: 0; box-shadow: none}
 .devsky-map button.devsky-point:hover, .devsky-map button.devsky-point:focus {outline: 3px solid #D55E00; z-index: 2}
 .devsky-map button.devsky-chosen {outline: 3px solid #0072B2; z-index: 1}
@@ -108,6 +110,15 @@ def control(kind: type[Widget],  # such as IntSlider
             ) -> Widget:
     "A control with a label that is read out."
     return kind(description=name, style={"description_width": "6.5em"}, layout=Layout(width=width), **traits)
+
+# %% ../nbs/14_widgets.ipynb #320ab4ae
+def walk(chosen: Select) -> HBox:
+    "Two buttons that go through a list."
+    def go(by):
+        if chosen.options: chosen.index = min(max((-1 if chosen.index is None else chosen.index) + by, 0), len(chosen.options) - 1)
+    buttons = [Button(description=text, tooltip=f"Choose the {text.lower()} row of the list", layout=Layout(width="7em")) for text in ("Previous", "Next")]
+    for button, by in zip(buttons, (-1, 1)): button.on_click(lambda _, by=by: go(by))
+    return HBox(buttons)
 
 # %% ../nbs/14_widgets.ipynb #2229b373
 class Panel(VBox):
@@ -306,7 +317,7 @@ class MemoryPlanner(Panel):
         self.ranked = Select(options=[], rows=6, layout=Layout(width="52em", max_width="100%"))
         self.code = Textarea(rows=10, layout=Layout(width="52em", max_width="100%"))
         columns = HBox([VBox([ui.model, ui.budget, ui.size, ui.batch]), VBox([ui.quant, ui.offload, ui.vae, ui.tiling, ui.slicing])], layout=Layout(flex_flow="row wrap"))
-        super().__init__("Memory planner", [columns], [self.plot, self.verdict, self.ranked, HTML("Python"), self.code])
+        super().__init__("Memory planner", [columns], [self.plot, self.verdict, self.ranked, walk(self.ranked), HTML("Python"), self.code])
         for part in vars(ui).values(): part.observe(self.replan, "value")
         self.ranked.observe(self.choose, "value")
         self.replan()
@@ -633,7 +644,7 @@ class ValidationReview(Panel):
             accept=button("Take suggestion", "Give the chosen picture the label that it looks like"), leave=button("Leave out / keep", "Leave the chosen entry out, or keep it after all"),
             leave_all=button("Leave all out", "Leave out every entry that the list shows"), out=control(Text, "file", "40em", value=str(out)), export=button("Export", "Write the corrected set", button_style="primary"))
         self.verdict, self.card, self.decided = HTML(), HTML(), HTML()
-        super().__init__("Validation review", [ui.kind], [ui.entry, self.card, HBox([ui.label, ui.relabel, ui.accept]), HBox([ui.leave, ui.leave_all]), HBox([ui.out, ui.export]), self.decided, self.verdict])
+        super().__init__("Validation review", [ui.kind], [ui.entry, walk(ui.entry), self.card, HBox([ui.label, ui.relabel, ui.accept]), HBox([ui.leave, ui.leave_all]), HBox([ui.out, ui.export]), self.decided, self.verdict])
         ui.kind.observe(self._list, "value")
         ui.entry.observe(self._show_card, "value")
         for name in ("relabel", "accept", "leave", "leave_all", "export"): getattr(ui, name).on_click(lambda _, name=name: self.act(getattr(self, name)))

@@ -68,7 +68,7 @@ def run_all(page):
     "Run every cell, as the menu does."
     page.evaluate("() => { window.ran = null; window.jupyterapp.commands.execute('notebook:run-all-cells').then(well => { window.ran = [well] }) }")
     page.wait_for_function("() => window.ran", timeout=240_000)
-    for kind in ("error", "stderr"): assert page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']").all_inner_texts() == []
+    for kind in ("error", "stderr"): assert page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']").all_text_contents() == []
     assert page.evaluate("() => window.ran") == [True]
 
 
@@ -79,8 +79,9 @@ def test_the_notebook_shows_pictures_before_it_runs_and_widgets_after(lab, brows
     address, _ = lab
     with open_page(browser, viewport={"width": 1400, "height": 1000}) as (page, complaints):
         open_notebook(page, address, "14_widgets")
-        kept = page.locator(".jp-OutputArea-output .jp-RenderedHTML")
-        assert kept.locator("img").count() >= 5 and page.locator(".devsky").count() == 0
+        picture = page.locator(".jp-OutputArea-output img").first
+        picture.scroll_into_view_if_needed(timeout=60_000)
+        assert picture.get_attribute("alt") and picture.evaluate("e => e.naturalWidth") > 100 and page.locator(".devsky").count() == 0
         run_all(page)
         page.locator(".devsky").nth(4).wait_for(timeout=30_000, state="attached")
         assert complaints == []
@@ -94,7 +95,7 @@ from devsky_nb.garments import write_catalogue
 from devsky_nb.widgets import *
 _ = make_repo("hub", "shop/clip", {"c0ffee1" + "0" * 33: {"model.safetensors": b"weights" * 1000}}, refs={"main": "c0ffee1" + "0" * 33})
 catalogue, embedder = write_catalogue("catalogue", n=16), CLIPImageEmbedder("tiny-clip", device="cpu")"""
-PANELS = {"Memory planner": "memory_planner('tiny-sdxl', '2GB')", "Quantization explorer": "quantization_explorer(steps=2, device='cpu')", "Embedding explorer": "embedding_explorer('catalogue', embedder)",
+PANELS = {"Memory planner": "memory_planner()", "Quantization explorer": "quantization_explorer(steps=2, device='cpu')", "Embedding explorer": "embedding_explorer('catalogue', embedder)",
           "Validation review": "validation_review(catalogue, embedder, out='catalogue/image_set.json')", "Cache manager": "cache_manager('hub')", "VRAM timeline": "vram_timeline(device='cpu')"}
 
 
@@ -134,19 +135,18 @@ def labelled(panel, name): return panel.locator(".widget-inline-hbox, .jupyter-w
 
 def test_the_planner_is_moved_by_keyboard(find, expect, opened):
     planner, page = find("Memory planner"), opened[0]
-    expect(planner.locator("img")).to_have_attribute("alt", re.compile(r"fp16: .* left"))
-    code, before = planner.locator("textarea"), planner.locator("img").get_attribute("alt")
-    expect(code).to_have_value(re.compile("num_images_per_prompt=1"))
-    labelled(planner, "batch").locator(".noUi-handle").focus()
+    plot, code, ranked = planner.locator("img"), planner.locator("textarea"), planner.locator("select[size]").last
+    expect(plot).to_have_attribute("alt", "fp16: does not fit, 10.5 GiB in decode")
+    expect(ranked.locator("option").first).to_contain_text("fp16, model offload")
+    planner.get_by_role("button", name="Next").focus()
+    page.keyboard.press("Enter")
+    expect(plot).to_have_attribute("alt", re.compile("fp16, model offload: .* left"))
+    expect(code).to_have_value(re.compile("enable_model_cpu_offload"))
+    assert page.evaluate("() => document.activeElement.innerText") == "Next"  # so Enter chooses the next row
+    labelled(planner, "budget, GB").locator(".noUi-handle").focus()
     page.keyboard.press("ArrowRight")
-    expect(code).to_have_value(re.compile("num_images_per_prompt=2"))
-    expect(planner.locator("img")).not_to_have_attribute("alt", before)
-    ranked = planner.locator("select[size], select[multiple]").last
-    ranked.focus()
-    first = code.input_value()
-    page.keyboard.press("ArrowDown")
-    page.keyboard.press("ArrowDown")
-    expect(code).not_to_have_value(first)
+    expect(planner.locator(".widget-readout").first).to_have_text("8.50")
+    expect(ranked.locator("option").first).to_contain_text("2.7 GiB left")
 
 
 def test_a_drawing_is_cancelled_while_other_panels_answer(find, expect, opened):
@@ -159,9 +159,9 @@ def test_a_drawing_is_cancelled_while_other_panels_answer(find, expect, opened):
     page.keyboard.press("Enter")
     expect(explorer).to_contain_text(re.compile(r"drawing: \d+ of 100"))
     planner = find("Memory planner")
-    labelled(planner, "batch").locator(".noUi-handle").focus()
+    labelled(planner, "budget, GB").locator(".noUi-handle").focus()
     page.keyboard.press("ArrowRight")
-    expect(planner.locator("textarea")).to_have_value(re.compile("num_images_per_prompt=3"))
+    expect(planner.locator("select[size] option").first).to_contain_text("3.2 GiB left")
     expect(explorer).to_contain_text(re.compile(r"drawing: \d+ of 100"))  # still: nobody had to wait for it
     explorer.get_by_role("button", name="Cancel").click()
     expect(explorer).to_contain_text("cancelled after")
@@ -172,7 +172,7 @@ def test_a_point_of_the_map_is_reached_by_tab_and_shows_its_neighbours(find, exp
     page, explorer = opened[0], find("Embedding explorer")
     points = explorer.locator("button.devsky-point")
     expect(points.first).to_be_visible()
-    assert points.count() == 13 and points.first.get_attribute("title")
+    assert points.count() >= 10 and points.first.get_attribute("title")
     explorer.get_by_role("button", name="Embed").focus()
     for _ in range(2): page.keyboard.press("Tab")  # Cancel cannot be used now, so it is passed over
     name = page.evaluate("() => document.activeElement.title")
@@ -180,8 +180,9 @@ def test_a_point_of_the_map_is_reached_by_tab_and_shows_its_neighbours(find, exp
     expect(explorer.locator("figure")).to_have_count(10)
     expect(explorer.locator("figcaption").nth(1)).to_have_text(name)
     expect(explorer.locator("button.devsky-chosen")).to_have_attribute("title", name)
-    box, area = points.first.bounding_box(), explorer.locator(".devsky-map img").bounding_box()
-    assert area["x"] - 1 <= box["x"] and box["x"] + box["width"] <= area["x"] + area["width"] + 1
+    chosen, area = explorer.locator("button.devsky-chosen").bounding_box(), explorer.locator(".devsky-map img").bounding_box()
+    left = float(re.search(r"left: ([\d.]+)%", explorer.locator("button.devsky-chosen").get_attribute("style"))[1])
+    assert abs(chosen["x"] - area["x"] - left / 100 * area["width"]) < 2 and abs(chosen["width"] - .06 * area["width"]) < 2  # it lies on its thumbnail
     points.last.click()
     expect(explorer.locator("figcaption").nth(1)).to_have_text(points.last.get_attribute("title"))
 
@@ -213,7 +214,7 @@ def test_the_cache_is_emptied_after_the_box_is_ticked(find, expect, opened):
     expect(evict).to_be_enabled()
     assert len(list(snapshots.iterdir())) == 1
     evict.click()
-    expect(manager).to_contain_text("freed")
+    expect(manager).to_contain_text("cached, 6.8 KiB freed")
     assert not snapshots.exists() or not list(snapshots.iterdir())
 
 
