@@ -17,9 +17,9 @@ def lab(tmp_path_factory):
     "JupyterLab on copies of the notebooks, with a home of its own; its address."
     if find_spec("jupyterlab") is None: unavailable("jupyterlab is not installed: `make browser` installs it and runs these tests")
     home = tmp_path_factory.mktemp("lab")
-    for folder in ("nbs", "tests"): (home / folder).mkdir()
+    for folder in ("nbs", "tests", "benchmarks"): (home / folder).mkdir()
     for name in ("10_vram", "14_widgets"): shutil.copy(ROOT / "nbs" / f"{name}.ipynb", home / "nbs")
-    shutil.copy(ROOT / "tests" / "hubcache.py", home / "tests")
+    for name in ("tests/hubcache.py", "benchmarks/published_vram.json"): shutil.copy(ROOT / name, home / name)
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     env = os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"),
                         "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "IPYTHONDIR": str(home / "ipython"), "HF_HUB_OFFLINE": "1", "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
