@@ -25,7 +25,7 @@ from ipywidgets import (HTML, BoundedIntText, Box, Button, Checkbox, Combobox, D
 from PIL import Image, ImageDraw
 
 from .bulk import embed_images, local_tables
-from .cache import CachedRevision, CacheReport, EvictionPlan, cache_report, hub_cache, pin, pins, plan_eviction, unpin
+from .cache import CacheReport, EvictionPlan, cache_report, hub_cache, pin, pins, plan_eviction, unpin
 from .clip import CLIPImageEmbedder
 from .device import check_device, format_bytes, parse_bytes
 from .errors import DevSkyyError, FileNotFoundError, MLError, ValidationError
@@ -35,7 +35,7 @@ from .monitor import MemoryTimeline, VramMonitor, checked_plan, plot_timeline, p
 from .registry import find_spec, is_model_folder
 from .search import FolderIndex, VectorIndex, main_axes
 from .tracing import REPOS, config_folder
-from .validation import (REMEDIES, ImageSetContract, ValidationReport, as_image_set, check_image_set, failure_text, id_of, images_of, little_picture, plain, shown,
+from .validation import (REMEDIES, ImageSetContract, ValidationReport, as_image_set, check_image_set, failure_text, id_of, images_of, plain, shown,
                                   write_report)
 from .vram import Estimate, Option, Plan, checked_budget, estimate_vram, plan_vram, plot_phases, usual_dtype
 
