@@ -41,6 +41,7 @@ lab: .venv/lab  ## JupyterLab on the notebooks
 prepare: .venv/dev  ## after editing notebooks: export modules, clean notebooks, write README.md
 	nbdev_export
 	nbdev_clean
+	python tools/outputs.py
 	python tools/readme.py
 
 bench: .venv/bench .venv-peers/done  ## the side-by-side measurements in benchmarks/

@@ -20,7 +20,7 @@ def test_export_clean_and_readme_leave_no_diff(tmp_path):
     copy.mkdir()
     for name in ("nbs", "devsky_nb", "tools"): shutil.copytree(ROOT / name, copy / name)
     for name in ("settings.ini", "README.md"): shutil.copy(ROOT / name, copy / name)
-    for command in ([BIN / "nbdev_export"], [BIN / "nbdev_clean"], [sys.executable, "tools/readme.py"]):
+    for command in ([BIN / "nbdev_export"], [BIN / "nbdev_clean"], [sys.executable, "tools/outputs.py"], [sys.executable, "tools/readme.py"]):
         subprocess.run(command, cwd=copy, check=True, capture_output=True)
     before, after = snapshot(ROOT), snapshot(copy)
     assert sorted(before) == sorted(after)
