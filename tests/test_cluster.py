@@ -23,7 +23,7 @@ SIZES = dict(batch_size=8, shard_rows=12)
 def embedder():
     "With a receipt, so that workers make what it says."
     e = CLIPImageEmbedder("tiny-clip", device="cpu")
-    e.adopt(Receipt("int8-onnxruntime", None, "found faithful", e.fingerprint, "cpu", 64, None, 1.))
+    e.adopt(Receipt("fp32", 64, "found faithful", e.fingerprint, "cpu", 64, None, 1.))
     return e
 
 @pytest.fixture(scope="module")
