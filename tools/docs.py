@@ -17,8 +17,14 @@ from smalldocs.site import build
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def home() -> str:
+    "The address of the published site."
+    cfg = get_config()
+    return f"{cfg.doc_host}{cfg.doc_baseurl}/"
+
+
 def rename_pages(folder: Path) -> dict[str, str]:  # page -> notebook
-    "Give every notebook the name of its page, which its front matter states for Quarto (04_garments.ipynb is garments.html)."
+    "Give every notebook the name of its page, which its front matter states for Quarto (04_garments.ipynb is garments.html), and have links point there."
     names = {}
     for path in sorted(folder.rglob("*.ipynb")):
         nb = nbformat.read(path, as_version=4)
@@ -28,7 +34,9 @@ def rename_pages(folder: Path) -> dict[str, str]:  # page -> notebook
         path.unlink()
         nbformat.write(nb, new)
         names[path.name] = new.name
-    for path in folder.rglob("*.ipynb"): rewrite(path, r"(?<=[(/])[\w.-]+\.ipynb(?=[)#])", lambda m: names.get(m[0], m[0]))
+    for path in folder.rglob("*.ipynb"):
+        rewrite(path, r"(?<=[(/])[\w.-]+\.ipynb(?=[)#])", lambda m: names.get(m[0], m[0]))
+        rewrite(path, re.escape(home()), lambda _: "../" * (len(path.relative_to(folder).parts) - 1))
     for path in (folder / "sidebar.yml", *folder.rglob("*.qmd")): rewrite(path, r"[\w.-]+\.ipynb", lambda m: names.get(m[0], m[0]))
     return {new: old for old, new in names.items()}
 
