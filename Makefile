@@ -6,8 +6,9 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+unexport PYTHONDONTWRITEBYTECODE  # pip compiles nothing: what is used is compiled once, on first use
 
-.PHONY: help run test browser docs planner dist traces lab prepare bench clean
+.PHONY: help run test slow browser docs planner dist traces lab prepare bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -17,8 +18,11 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 	devsky demo --out demo
 
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
-	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
+	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 -m "not slow"
 	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
+
+slow: .venv/dev  ## the tests that take long: killed clusters, memory that must come back, compiled code, every trace
+	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --durations 5 -m slow
 
 docs: .venv/docs  ## the site, from the executed notebooks: _docs/index.html
 	OMP_NUM_THREADS=1 python tools/docs.py

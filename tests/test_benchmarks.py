@@ -27,6 +27,7 @@ def run(tmp_path_factory):
     return result, out
 
 
+@pytest.mark.slow
 def test_the_sides_that_run_are_measured_in_turn(run):
     r, _ = run
     assert list(r["sides"]) == ["document", OURS]
@@ -41,18 +42,21 @@ def test_the_sides_that_run_are_measured_in_turn(run):
     assert r["sides"][OURS]["idle_cores"] < .5
 
 
+@pytest.mark.slow
 def test_what_became_of_a_broken_file_is_seen_not_said(run):
     r, _ = run
     assert r["sides"]["document"]["broken_file"] == "stops: ValidationError, no vector for any file"
     assert r["sides"][OURS]["broken_file"] == "reports it, keeps the others"
 
 
+@pytest.mark.slow
 def test_a_side_that_cannot_run_is_a_row_with_its_reason(run):
     r, out = run
     assert r["no_result"] == {"open_clip": "no such environment"}
     assert "| open_clip | no result: no such environment |" in (out / "embedding.md").read_text()
 
 
+@pytest.mark.slow
 def test_table_plot_and_json_are_written_and_agree(run):
     r, out = run
     assert json.loads((out / "embedding.json").read_text()) == json.loads(json.dumps(r))
@@ -68,6 +72,7 @@ def test_the_page_in_the_repository_is_made_from_the_json_beside_it():
     assert (embedding.HERE / "embedding.png").stat().st_size < 100_000
 
 
+@pytest.mark.slow
 def test_a_side_that_dies_leaves_and_the_others_go_on(tmp_path):
     hello, reply = '{"cpu": 0}', '{"cpu_before": 0, "cpu_after": 0, "seconds": 1}'
     fine = program(tmp_path / "fine", f"echo '{hello}'; while read task; do echo '{reply}'; done")

@@ -443,6 +443,7 @@ def test_automatic_precision_chooses_once(tmp_path):
     assert embed_images(folder, out, again).reused == 6 and again.receipt == first.receipt and files(out) == before
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_job(fork, tmp_path):
     pictures(tmp_path / "few", 300, size=(120, 150))
     pictures(tmp_path / "many", 1200, seed=1, size=(120, 150))

@@ -124,6 +124,7 @@ def test_batch_size_is_checked(tiny, bad):
     with pytest.raises(ValidationError, match="batch_size"): tiny.encode_images_batch(pictures(), bad)
 
 
+@pytest.mark.slow
 def test_a_real_allocation_failure_halves_the_batch(tmp_path):
     "In a process whose address space is limited, the allocator really fails."
     cfg = CLIPConfig(text_config=dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2),

@@ -95,6 +95,7 @@ def test_a_worker_is_killed_after_ctrl_c_and_the_data_set_is_that_of_one_process
     assert sorted(p.name for p in (tmp_path / ".devsky").iterdir()) == ["lock", "next"]
 
 
+@pytest.mark.slow
 def test_a_slice_that_kills_every_worker_is_named(shop, embedder, expected, cluster, tmp_path):
     stop, dead = threading.Event(), set()
     def kill():
@@ -113,6 +114,7 @@ def test_a_slice_that_kills_every_worker_is_named(shop, embedder, expected, clus
     assert files(tmp_path) == expected[1] and report.reused >= 10
 
 
+@pytest.mark.slow
 def test_the_driver_is_killed(shop, embedder, expected, cluster, tmp_path):
     import ray
     code = ("import json, sys; from devsky_nb.bulk import embed_images; from devsky_nb.clip import CLIPImageEmbedder; from devsky_nb.cluster import RayEngine; from devsky_nb.precision import Receipt\n"

@@ -241,6 +241,7 @@ def test_torchao_rounds_by_token_and_leaves_the_shared_model_alone(tiny, pixels)
     assert all(torch.equal(v, before[k]) for k, v in tiny.model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_compiled_once_for_every_batch_size(tmp_path):
     e = CLIPImageEmbedder(small_clip(tmp_path, layers=1), device="cpu")
     x = np.random.default_rng(0).standard_normal((11, 3, 96, 96), dtype=np.float32)

@@ -444,6 +444,7 @@ def memory_left(cache, folder):
     return failed, count[0], str(held.original_error), process_memory() - before
 
 
+@pytest.mark.slow
 def test_a_failed_load_leaves_no_memory_behind(large, tmp_path, processes):
     failed, count, error, control = in_process(processes, memory_left, tmp_path, large)
     assert count == 181 and str(SAID) in error and control > 160 << 20, control

@@ -318,6 +318,7 @@ load_model(sys.argv[2], "cpu")
 """
 
 
+@pytest.mark.slow
 def test_memory_really_comes_back_and_loading_prints_nothing(tmp_path, sdxl):
     import torch
     from safetensors.torch import save

@@ -36,7 +36,8 @@ def test_the_traces_of_the_package_are_those_of_its_models_and_no_others():
     assert {f"{trace_key(*question)}.npz" for model in REPOS for question in usual(model)} == {f.name for f in TRACES.iterdir()}, "run make traces"
 
 
-@pytest.mark.parametrize("model", ["sd15", "sdxl-base", "sd3-medium", "flux1-dev", "pixart-sigma", "clip-vit-base", "siglip-base", "tiny-sdxl"])  # one of each architecture
+@pytest.mark.parametrize("model", [m if m in ("sd15", "sdxl-base", "sd3-medium", "flux1-dev", "pixart-sigma", "clip-vit-base", "siglip-base", "tiny-sdxl") else pytest.param(m, marks=pytest.mark.slow)
+                                   for m in REPOS])  # at once: one of each architecture
 def test_a_trace_of_the_package_is_what_tracing_gives(model):
     for question in usual(model):
         assert same(read_trace(TRACES / f"{trace_key(*question)}.npz"), take_trace(*question)), "run make traces"
@@ -85,6 +86,7 @@ def test_a_unet_that_is_wrong_in_itself_is_named(change, tmp_path):
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the highest resident memory is asked of Linux")
+@pytest.mark.slow
 def test_tracing_leaves_no_memory_behind():
     code = ("import gc, psutil; from pathlib import Path; from devsky_nb.tracing import Shape, config_folder, take_trace\n"
             "take_trace(config_folder('tiny-sdxl') / 'unet', Shape(64, 64)); rss = lambda: psutil.Process().memory_info().rss; before = rss()\n"
