@@ -87,7 +87,7 @@ clean:  ## remove the environment and everything generated beside the sources
 
 .venv/browser: .venv/dev
 	$(PIP) --editable '.[dev,lab,docs,browser]'
-	@touch $@
+	@touch .venv/lab .venv/docs $@
 
 .venv-peers/done: benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-peers
