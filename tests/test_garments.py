@@ -200,6 +200,7 @@ def test_a_missing_model_names_the_way_out(tmp_path):
 
 # ---------------------------------------------------------------- training
 
+@pytest.mark.slow
 def test_training_learns_and_the_same_seed_gives_the_same_weights(trained):
     folders, recipes = trained
     assert recipes[0]["loss"]["last"] < recipes[0]["loss"]["first"] - .3

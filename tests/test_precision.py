@@ -252,6 +252,7 @@ def test_compiled_once_for_every_batch_size(tmp_path):
     assert counters["frames"]["ok"] == frames
 
 
+@pytest.mark.slow
 def test_smaller_decoding_is_one_more_candidate(tmp_path):
     files = []
     for i, garment in enumerate(sample_garments(66, seed=5)):
