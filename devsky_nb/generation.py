@@ -6,7 +6,7 @@
 __all__ = ['TURNS', 'log', 'SIZES', 'SEEDS', 'VAE_STATE', 'TEXTS', 'OTHERS', 'GenerationCancelled', 'Turns', 'precision_label',
            'fingerprint', 'model_identity', 'QuantizedSDXLGenerator', 'whole', 'checked_text', 'checked_guidance',
            'check_length', 'Settings', 'own_size', 'undisturbed', 'finite', 'Watch', 'tile_sides', 'use_tiles',
-           'GeneratedImage', 'png_chunks', 'write_whole', 'with_settings', 'read_metadata']
+           'png_chunks', 'write_whole', 'GeneratedImage', 'with_settings', 'read_metadata']
 
 # %% ../nbs/11_generation.ipynb #a9332aa9
 import copy, hashlib, io, json, logging, math, os, secrets, threading
@@ -146,6 +146,7 @@ def whole(name: str,
     kind = f"a multiple of {multiple}" if multiple > 1 else "a whole number"
     raise ValidationError(f"{name}={value!r:.60} must be {kind} from {low} to {high}", details={name: value if isinstance(value, int | str) else repr(value), "range": [low, high]})
 
+# %% ../nbs/11_generation.ipynb #11a00001
 def checked_text(name: str, value: object) -> str:  # `value`
     "A text that can be encoded."
     if not isinstance(value, str):
@@ -156,6 +157,7 @@ def checked_text(name: str, value: object) -> str:  # `value`
         raise ValidationError(f"{name} has half a character at position {e.start}, which no text encoder reads: remove it", details={"argument": name, "position": e.start}, original_error=e)
     return value
 
+# %% ../nbs/11_generation.ipynb #11a00003
 def checked_guidance(value: object, negative_prompt: str | None) -> float:  # `value`
     "A guidance scale that does what the caller expects."
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value) or value < 0:
@@ -194,6 +196,16 @@ class Settings:
     height: int
     seed: int
 
+def own_size(pipeline: "StableDiffusionXLPipeline") -> int:  # pixels a side
+    "The size that a model was trained for."
+    return pipeline.default_sample_size * pipeline.vae_scale_factor
+
+@patch
+def _open(self: QuantizedSDXLGenerator) -> "StableDiffusionXLPipeline":
+    "The pipeline, unless it was given up."
+    if self.pipeline is None: raise MLError("this generator is closed: make a new one", details={"model": self.identity["model"]})
+    return self.pipeline
+
 # %% ../nbs/11_generation.ipynb #f539e28c
 @patch
 def settings(self: QuantizedSDXLGenerator,
@@ -215,16 +227,6 @@ def settings(self: QuantizedSDXLGenerator,
                     whole("width", own if width is None else width, *SIZES, 64), whole("height", own if height is None else height, *SIZES, 64),
                     secrets.randbelow(SEEDS[1] + 1) if seed is None else whole("seed", seed, *SEEDS))
 
-def own_size(pipeline: "StableDiffusionXLPipeline") -> int:  # pixels a side
-    "The size that a model was trained for."
-    return pipeline.default_sample_size * pipeline.vae_scale_factor
-
-@patch
-def _open(self: QuantizedSDXLGenerator) -> "StableDiffusionXLPipeline":
-    "The pipeline, unless it was given up."
-    if self.pipeline is None: raise MLError("this generator is closed: make a new one", details={"model": self.identity["model"]})
-    return self.pipeline
-
 # %% ../nbs/11_generation.ipynb #2b7edf92
 VAE_STATE = ("use_slicing", "use_tiling", "tile_sample_min_size", "tile_latent_min_size")
 
@@ -241,6 +243,11 @@ def undisturbed(pipeline: "StableDiffusionXLPipeline") -> Iterator[None]:
         for name, value in vae.items(): setattr(pipeline.vae, name, value)
         pipeline.maybe_free_model_hooks()
 
+def finite(values: "torch.Tensor", source: str) -> "torch.Tensor":  # the same
+    "Refuse numbers that would become a black picture."
+    if values.isfinite().all(): return values
+    raise MLError(f"{source} returned numbers that are not finite, in {values.dtype}: load with dtype=torch.bfloat16 or torch.float32, or with vae='fp32'; if that is no help, the weights are damaged")
+
 # %% ../nbs/11_generation.ipynb #acb96648
 @patch
 def _denoise(self: QuantizedSDXLGenerator,
@@ -256,11 +263,6 @@ def _denoise(self: QuantizedSDXLGenerator,
         num_inference_steps=s.num_inference_steps, guidance_scale=s.guidance_scale, generator=[torch.Generator().manual_seed(b.seed) for b in batch],
         output_type="latent", callback_on_step_end=after).images
     return finite(latents, "the UNet")
-
-def finite(values: "torch.Tensor", source: str) -> "torch.Tensor":  # the same
-    "Refuse numbers that would become a black picture."
-    if values.isfinite().all(): return values
-    raise MLError(f"{source} returned numbers that are not finite, in {values.dtype}: load with dtype=torch.bfloat16 or torch.float32, or with vae='fp32'; if that is no help, the weights are damaged")
 
 # %% ../nbs/11_generation.ipynb #e837d11a
 @patch
@@ -405,27 +407,10 @@ def _stepping_down(self: QuantizedSDXLGenerator,
         log.warning("out of memory: going on with %s", step)
         taken.append(step)
 
-# %% ../nbs/11_generation.ipynb #b948066f
+# %% ../nbs/11_generation.ipynb #aaf6fdb2
 TEXTS = ("prompt", "negative_prompt", "model", "revision", "fingerprint", "quantization", "dtype", "device", "scheduler", "software")
 OTHERS = ("num_inference_steps", "guidance_scale", "width", "height", "seed", "stepped_down", "versions")
 
-class GeneratedImage(Image.Image):
-    "A picture that takes its settings along into every PNG."
-    def save(self,
-             fp: "str | os.PathLike | BinaryIO",
-             format: str | None = None,  # None: as the name says
-             **params: object,  # as for any PIL image
-             ) -> None:
-        "Write the picture; as a PNG, with its settings, and whole or not at all."
-        path = Path(fp) if isinstance(fp, str | os.PathLike) else None
-        if (format or Image.registered_extensions().get(path.suffix.lower() if path else "", "")).upper() != "PNG":
-            log.warning("the settings of this picture are written into PNG files only, not into %s", path.name if path else format)
-            return super().save(fp, format, **params)
-        buffer = io.BytesIO()
-        super().save(buffer, "PNG", **{"pnginfo": png_chunks(self.info)} | params)
-        write_whole(path, buffer.getvalue()) if path else fp.write(buffer.getvalue())
-
-# %% ../nbs/11_generation.ipynb #aaf6fdb2
 def png_chunks(info: dict) -> PngImagePlugin.PngInfo:
     "Settings as text chunks."
     chunks = PngImagePlugin.PngInfo()
@@ -441,6 +426,23 @@ def write_whole(path: Path, data: bytes) -> None:
         with unfinished.open("xb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
         unfinished.replace(path)
     finally: unfinished.unlink(missing_ok=True)
+
+# %% ../nbs/11_generation.ipynb #b948066f
+class GeneratedImage(Image.Image):
+    "A picture that takes its settings along into every PNG."
+    def save(self,
+             fp: "str | os.PathLike | BinaryIO",
+             format: str | None = None,  # None: as the name says
+             **params: object,  # as for any PIL image
+             ) -> None:
+        "Write the picture; as a PNG, with its settings, and whole or not at all."
+        path = Path(fp) if isinstance(fp, str | os.PathLike) else None
+        if (format or Image.registered_extensions().get(path.suffix.lower() if path else "", "")).upper() != "PNG":
+            log.warning("the settings of this picture are written into PNG files only, not into %s", path.name if path else format)
+            return super().save(fp, format, **params)
+        buffer = io.BytesIO()
+        super().save(buffer, "PNG", **{"pnginfo": png_chunks(self.info)} | params)
+        write_whole(path, buffer.getvalue()) if path else fp.write(buffer.getvalue())
 
 def with_settings(image: Image.Image,
                   info: dict,
@@ -489,6 +491,18 @@ def _failure(self: QuantizedSDXLGenerator, error: Exception, stage: str, batch: 
     if self.allow_step_down and self.device == "cpu": tried += "; on a CPU there is no other memory to offload to"
     return InsufficientMemoryError(f"{what}: out of memory while {stage} ({tried}). A smaller size, a smaller batch or fewer bits would help", details=details, original_error=error)
 
+# %% ../nbs/11_generation.ipynb #11a0000d
+@patch
+def _denoise_all(self: QuantizedSDXLGenerator, batch: list[Settings], size: int, watch: Watch, first: int, begun: int) -> "torch.Tensor":
+    "Denoise `size` pictures at a time, from the beginning."
+    import torch
+    watch.advance(begun)
+    parts = []
+    for start in range(0, len(batch), size):
+        part, steps = batch[start:start + size], iter(range(1, 1001))
+        parts.append(self._denoise(part, lambda latents: self._step(watch, first + start, next(steps), latents)))
+    return torch.cat(parts)
+
 # %% ../nbs/11_generation.ipynb #73ee87dc
 @patch
 def _draw(self: QuantizedSDXLGenerator,
@@ -511,16 +525,20 @@ def _draw(self: QuantizedSDXLGenerator,
                 raise self._failure(e, stage, batch, taken)
         return [with_settings(image, self._metadata(s, taken)) for image, s in zip(result, batch)]
 
+# %% ../nbs/11_generation.ipynb #197b827b
 @patch
-def _denoise_all(self: QuantizedSDXLGenerator, batch: list[Settings], size: int, watch: Watch, first: int, begun: int) -> "torch.Tensor":
-    "Denoise `size` pictures at a time, from the beginning."
-    import torch
-    watch.advance(begun)
-    parts = []
-    for start in range(0, len(batch), size):
-        part, steps = batch[start:start + size], iter(range(1, 1001))
-        parts.append(self._denoise(part, lambda latents: self._step(watch, first + start, next(steps), latents)))
-    return torch.cat(parts)
+def _jobs(self: QuantizedSDXLGenerator, prompts: list[str], seeds: list[int] | None, settings: dict) -> list[Settings]:
+    "Check every prompt before the first is drawn."
+    if not isinstance(prompts, list | tuple) or not prompts:
+        raise ValidationError(f"prompts must be a list of at least one text, not {prompts!r:.60}", details={"argument": "prompts", "provided": type(prompts).__name__})
+    if seeds is None: seeds = [None] * len(prompts)
+    if not isinstance(seeds, list | tuple) or len(seeds) != len(prompts):
+        raise ValidationError(f"seeds must be a list of {len(prompts)}, one for each prompt, or None: not {seeds!r:.60}", details={"argument": "seeds", "prompts": len(prompts)})
+    jobs = []
+    for index, (prompt, seed) in enumerate(zip(prompts, seeds)):
+        try: jobs.append(self.settings(prompt, seed=seed, **settings))
+        except ValidationError as e: raise ValidationError(f"prompt {index}: {e.message}", details=e.details | {"index": index}, original_error=e)
+    return jobs
 
 # %% ../nbs/11_generation.ipynb #38c24225
 @patch
@@ -548,21 +566,7 @@ def _stream(self: QuantizedSDXLGenerator, jobs: list[Settings], size: int, watch
     finally:
         if watch.bar is not None: watch.bar.close()
 
-# %% ../nbs/11_generation.ipynb #197b827b
-@patch
-def _jobs(self: QuantizedSDXLGenerator, prompts: list[str], seeds: list[int] | None, settings: dict) -> list[Settings]:
-    "Check every prompt before the first is drawn."
-    if not isinstance(prompts, list | tuple) or not prompts:
-        raise ValidationError(f"prompts must be a list of at least one text, not {prompts!r:.60}", details={"argument": "prompts", "provided": type(prompts).__name__})
-    if seeds is None: seeds = [None] * len(prompts)
-    if not isinstance(seeds, list | tuple) or len(seeds) != len(prompts):
-        raise ValidationError(f"seeds must be a list of {len(prompts)}, one for each prompt, or None: not {seeds!r:.60}", details={"argument": "seeds", "prompts": len(prompts)})
-    jobs = []
-    for index, (prompt, seed) in enumerate(zip(prompts, seeds)):
-        try: jobs.append(self.settings(prompt, seed=seed, **settings))
-        except ValidationError as e: raise ValidationError(f"prompt {index}: {e.message}", details=e.details | {"index": index}, original_error=e)
-    return jobs
-
+# %% ../nbs/11_generation.ipynb #11a00010
 @patch
 def generate(self: QuantizedSDXLGenerator,
              prompt: str,
