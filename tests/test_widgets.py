@@ -11,6 +11,7 @@ from devsky_nb.cache import pin, pins
 from devsky_nb.clip import CLIPImageEmbedder
 from devsky_nb.errors import DevSkyyError, FileNotFoundError, MLError, ValidationError
 from devsky_nb.garments import write_catalogue
+from devsky_nb.panel import Job, Panel, Stopped
 from devsky_nb.validation import check_image_set
 from devsky_nb.vram import plan_vram
 from hubcache import make_repo
@@ -26,7 +27,7 @@ def catalogue(tmp_path_factory):
 
 @pytest.fixture
 def panel():
-    p = w.Panel("<Test>", [], [HTML()])
+    p = Panel("<Test>", [], [HTML()])
     p.shown = p.results.children[0]
     yield p
     p.close()
@@ -74,7 +75,7 @@ def test_cancel_stops_the_work(panel):
     def work(job):
         job.total = 10**6
         for n in range(job.total): time.sleep(.001); job.tick(); count.append(n)
-    show("before")(w.Job(panel, "", None))
+    show("before")(Job(panel, "", None))
     panel.ask("counting", work)
     until(lambda: len(count) > 5 and "of 1,000,000" in panel.note.value)
     assert not panel.stopper.disabled and panel.bar.max == 10**6
@@ -99,7 +100,7 @@ def test_a_typed_error_is_shown_where_it_was_made_and_goes_away(panel):
 @pytest.mark.parametrize("how", ["ask", "act"])
 def test_a_mistake_of_ours_is_logged_and_the_panel_goes_on(panel, caplog, how):
     def work(*job): raise ZeroDivisionError("division by zero")
-    with caplog.at_level(logging.ERROR, "devsky_nb.widgets"):
+    with caplog.at_level(logging.ERROR, "devsky_nb.panel"):
         panel.ask("failing", work) if how == "ask" else panel.act(work)
         panel.wait()
     assert "ZeroDivisionError" in panel.note.value and "please report" in panel.note.value
@@ -123,7 +124,7 @@ def test_work_that_must_end_is_not_replaced_while_it_waits(panel):
     assert panel.wait().shown.value == "deleted"
 
 def test_closing_stops_the_work_and_a_late_result_changes_nothing():
-    panel = w.Panel("closing", [], [HTML()])
+    panel = Panel("closing", [], [HTML()])
     panel.shown = panel.results.children[0]
     go = held(panel, "late")
     panel.close()
@@ -188,8 +189,8 @@ def test_planner_refuses_at_once(wrong):
 def test_planning_tells_how_far_it_is_and_can_be_ended():
     tried = []
     assert plan_vram("tiny-sdxl", "2GB", tick=tried.append).best and set(tried) == {1} and len(tried) > 5
-    def tick(n): raise w.Stopped("enough")
-    with pytest.raises(w.Stopped): plan_vram("tiny-sdxl", "2GB", tick=tick)
+    def tick(n): raise Stopped("enough")
+    with pytest.raises(Stopped): plan_vram("tiny-sdxl", "2GB", tick=tick)
 
 
 def test_explorer_draws_cancels_and_draws_again():
