@@ -31,7 +31,7 @@ from .errors import FileNotFoundError, ValidationError
 from .generation import SEEDS, QuantizedSDXLGenerator, checked_text, whole
 from .images import load_image
 from .monitor import MemoryTimeline, VramMonitor, checked_plan, plot_timeline, positive_seconds
-from .panel import Job, Panel, as_path, control, picture_html, plot_html, walk
+from .panel import Job, Panel, as_path, control, picture_html, plot_html
 from .registry import find_spec, is_model_folder
 from .search import FolderIndex, VectorIndex, main_axes
 from .tracing import REPOS, config_folder
@@ -70,7 +70,7 @@ class MemoryPlanner(Panel):
         self.ranked = Select(options=[], rows=6, layout=Layout(width="52em", max_width="100%"))
         self.code = Textarea(rows=10, layout=Layout(width="52em", max_width="100%"))
         columns = HBox([VBox([ui.model, ui.budget, ui.size, ui.batch]), VBox([ui.quant, ui.offload, ui.vae, ui.tiling, ui.slicing])], layout=Layout(flex_flow="row wrap"))
-        super().__init__("Memory planner", [columns], [self.plot, self.verdict, self.ranked, walk(self.ranked), HTML("Python"), self.code])
+        super().__init__("Memory planner", [columns], [self.plot, self.verdict, self.ranked, HTML("Python"), self.code])
         for part in vars(ui).values(): part.observe(self.replan, "value")
         self.ranked.observe(self.choose, "value")
         self.replan()
@@ -393,7 +393,7 @@ class ValidationReview(Panel):
             accept=button("Take suggestion", "Give the chosen picture the label that it looks like"), leave=button("Leave out / keep", "Leave the chosen entry out, or keep it after all"),
             leave_all=button("Leave all out", "Leave out every entry that the list shows"), out=control(Text, "file", "40em", value=str(out)), export=button("Export", "Write the corrected set", button_style="primary"))
         self.verdict, self.card, self.decided = HTML(), HTML(), HTML()
-        super().__init__("Validation review", [ui.kind], [ui.entry, walk(ui.entry), self.card, HBox([ui.label, ui.relabel, ui.accept]), HBox([ui.leave, ui.leave_all]), HBox([ui.out, ui.export]), self.decided, self.verdict])
+        super().__init__("Validation review", [ui.kind], [ui.entry, self.card, HBox([ui.label, ui.relabel, ui.accept]), HBox([ui.leave, ui.leave_all]), HBox([ui.out, ui.export]), self.decided, self.verdict])
         ui.kind.observe(self._list, "value")
         ui.entry.observe(self._show_card, "value")
         for name in ("relabel", "accept", "leave", "leave_all", "export"): getattr(ui, name).on_click(lambda _, name=name: self.act(getattr(self, name)))

@@ -1,4 +1,4 @@
-"The widgets in JupyterLab: started for real, driven by keyboard and mouse, without a complaint on the console."
+"The widgets in JupyterLab and Notebook 7: started for real, driven by keyboard and mouse, without a complaint on the console."
 import json, os, re, secrets, shutil, socket, subprocess, sys, time, urllib.request
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,8 +14,9 @@ TOKEN = secrets.token_hex(8)
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "JupyterLab on copies of the notebooks, with a home of its own; its address."
-    if find_spec("jupyterlab") is None: unavailable("jupyterlab is not installed: `make browser` installs it and runs these tests")
+    "JupyterLab, which serves Notebook 7 too, on copies of the notebooks, with a home of its own; its address."
+    for name in ("jupyterlab", "notebook"):
+        if find_spec(name) is None: unavailable(f"{name} is not installed: `make browser` installs it and runs these tests")
     home = tmp_path_factory.mktemp("lab")
     for folder in ("nbs", "tests", "benchmarks"): (home / folder).mkdir()
     for name in ("10_vram", "14_widgets"): shutil.copy(ROOT / "nbs" / f"{name}.ipynb", home / "nbs")
@@ -24,7 +25,8 @@ def lab(tmp_path_factory):
     env = os.environ | {"HOME": str(home), "PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(home / "config"), "JUPYTER_DATA_DIR": str(home / "data"),
                         "JUPYTER_RUNTIME_DIR": str(home / "runtime"), "IPYTHONDIR": str(home / "ipython"), "HF_HUB_OFFLINE": "1", "JUPYTERLAB_SETTINGS_DIR": str(home / "settings")}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}",
-               "--allow-root", f"--ServerApp.root_dir={home}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None", "--LabApp.expose_app_in_browser=True"]
+               "--allow-root", f"--ServerApp.root_dir={home}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None", "--LabApp.expose_app_in_browser=True",
+               "--JupyterNotebookApp.expose_app_in_browser=True"]
     news = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text('{"fetchNews": "false"}')
@@ -58,9 +60,10 @@ def write_notebook(home, name, *sources):
     nbformat.write(nb, home / "nbs" / f"{name}.ipynb")
 
 
-def open_notebook(page, address, name):
-    "Open a notebook in JupyterLab, and wait for its kernel."
-    page.goto(f"{address}/lab/workspaces/{secrets.token_hex(4)}/tree/nbs/{name}.ipynb?token={TOKEN}")
+def open_notebook(page, address, name, app="lab"):
+    "Open a notebook in JupyterLab (\"lab\") or Notebook 7 (\"notebooks\"), and wait for its kernel."
+    where = f"lab/workspaces/{secrets.token_hex(4)}/tree" if app == "lab" else app
+    page.goto(f"{address}/{where}/nbs/{name}.ipynb?token={TOKEN}")
     page.wait_for_function("() => window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'", timeout=120_000)
 
 
@@ -138,11 +141,11 @@ def test_the_planner_is_moved_by_keyboard(find, expect, opened):
     plot, code, ranked = planner.locator("img"), planner.locator("textarea"), planner.locator("select[size]").last
     expect(plot).to_have_attribute("alt", "fp16: does not fit, 10.5 GiB in decode")
     expect(ranked.locator("option").first).to_contain_text("fp16, model offload")
-    planner.get_by_role("button", name="Next").focus()
-    page.keyboard.press("Enter")
+    ranked.focus()
+    page.keyboard.press("ArrowDown")
     expect(plot).to_have_attribute("alt", re.compile("fp16, model offload: .* left"))
     expect(code).to_have_value(re.compile("enable_model_cpu_offload"))
-    assert page.evaluate("() => document.activeElement.innerText") == "Next"  # so Enter chooses the next row
+    assert ranked.evaluate("e => e === document.activeElement")  # so the next arrow goes on from there
     labelled(planner, "budget, GB").locator(".noUi-handle").focus()
     page.keyboard.press("ArrowRight")
     expect(planner.locator(".widget-readout").first).to_have_text("8.50")
@@ -238,3 +241,32 @@ def test_text_follows_the_theme(find, opened):
             for name in PANELS: find(name).screenshot(path=f"{out}/{name} {theme}.png")
         colours[theme] = find("Memory planner").locator("p").first.evaluate("e => getComputedStyle(e).color")
     assert len(set(colours.values())) == 2
+
+
+OF_AN_EMPTY_NOTEBOOK = r"reading 'schema'|'filebrowser:open-path' not registered"  # what Notebook 7 complains about without any widget
+
+def test_the_panels_in_notebook_7(lab, browser, expect):
+    address, home = lab
+    write_notebook(home, "classic", "import shutil\nfor d in ('hub', 'catalogue'): shutil.rmtree(d, ignore_errors=True)", HUB, *PANELS.values())
+    with open_page(browser, viewport={"width": 1400, "height": 1400}) as (page, complaints):
+        page.set_default_timeout(60_000)
+        open_notebook(page, address, "classic", app="notebooks")
+        assert page.evaluate("() => window.jupyterapp.name") == "Jupyter Notebook"
+        run_all(page)
+        for name in PANELS: expect(page.locator(".devsky", has_text=name)).to_have_count(1)
+        planner = page.locator(".devsky", has_text="Memory planner")
+        planner.scroll_into_view_if_needed()
+        expect(planner.locator("select[size] option").first).to_contain_text("2.3 GiB left")
+        page.evaluate("() => window.jupyterapp.commands.execute('notebook:enter-command-mode')")
+        labelled(planner, "budget, GB").locator(".noUi-handle").focus()
+        page.keyboard.press("ArrowRight")
+        expect(planner.locator("select[size] option").first).to_contain_text("2.7 GiB left")
+        labelled(planner, "quantization").locator("select").focus()
+        page.keyboard.press("n")  # outside of a panel other letters change the cell
+        page.keyboard.press("m")
+        assert page.locator(".jp-MarkdownCell").count() == 0
+        explorer = page.locator(".devsky", has_text="Embedding explorer")
+        explorer.locator("button.devsky-point").last.click()
+        expect(explorer.locator("figure")).to_have_count(10)
+        if out := os.environ.get("DEVSKY_SCREENSHOTS"): explorer.screenshot(path=f"{out}/notebook 7.png")
+        assert [c for c in complaints if not re.search(OF_AN_EMPTY_NOTEBOOK, c)] == []
