@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['KINDS', 'UNSAFE', 'CLIP_FILES', 'SDXL_PARTS', 'SDXL_FILES', 'ALIAS', 'REPO_ID', 'KNOWN', 'STAGES', 'TIMEOUT',
            'CONVERTER', 'LOADING', 'CLIP_CLASSES', 'MEMORY_SHARE', 'check_patterns', 'ModelSpec', 'find_spec',
-           'lock_path', 'read_lock', 'edit_lock', 'locked_versions', 'choose_version', 'is_model_folder',
-           'weight_folders', 'read_json', 'snapshot_problem', 'check_snapshot', 'ways_out', 'not_here',
-           'cached_snapshot', 'download', 'converted_revision', 'fetch', 'locate_spec', 'bundled_folder', 'repair',
-           'wanted_revision', 'locate_model', 'quiet', 'load_errors', 'reason', 'load_part', 'weights_variant',
-           'part_class', 'load_pipeline', 'load_folder', 'load_model', 'networks', 'model_bytes', 'expected_bytes',
-           'release_memory', 'Loaded', 'ModelRegistry', 'SpecList', 'verify_bundled', 'Prefetched']
+           'lock_path', 'read_lock', 'edit_lock', 'locked_versions', 'choose_version', 'is_model_folder', 'read_json',
+           'weight_folders', 'snapshot_problem', 'check_snapshot', 'ways_out', 'not_here', 'cached_snapshot',
+           'download', 'converted_revision', 'fetch', 'wanted_revision', 'bundled_folder', 'repair', 'locate_spec',
+           'locate_model', 'quiet', 'load_errors', 'reason', 'load_part', 'weights_variant', 'part_class',
+           'load_pipeline', 'load_folder', 'load_model', 'networks', 'model_bytes', 'expected_bytes', 'release_memory',
+           'Loaded', 'ModelRegistry', 'verify_bundled', 'Prefetched', 'SpecList']
 
 # %% ../nbs/03_registry.ipynb #f45416ef
 import ctypes, gc, hashlib, json, logging, os, re, sys, threading
@@ -26,7 +26,8 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .cache import CacheProblem, VerifyReport, fetch_command, html_table, hub_cache, missing_parts, pin, pins, record_use, verify_cache, write_atomically
+from .cache import (CacheProblem, VerifyReport, fetch_command, html_table, hub_cache, missing_parts, pin, pins, record_use, verify_cache,
+                             write_atomically)
 from .device import check_device, default_dtype, format_bytes, memory_info
 from .errors import InsufficientMemoryError, MLError, ModelLoadError, ModelNotFoundError, ValidationError
 
@@ -45,6 +46,9 @@ def check_patterns(patterns: tuple[str, ...]) -> None:
                                   details={"pattern": p})
 
 # %% ../nbs/03_registry.ipynb #95dd7c46
+ALIAS = r"(?!.*\.\.)\w[\w.-]*"
+REPO_ID = r"(?!.*(?:--|\.\.|\.git$))(?:\b[\w.-]+\b/)?\b[\w.-]{1,96}\b"
+
 @dataclass(frozen=True)
 class ModelSpec:
     "Where a model comes from, and which of its files."
@@ -66,9 +70,6 @@ class ModelSpec:
         for name, value in bad: raise ValidationError(f"a model cannot have {name}={value!r}", details={name: value})
         object.__setattr__(self, "allow_patterns", tuple(self.allow_patterns))
         check_patterns(self.allow_patterns)
-
-ALIAS = r"(?!.*\.\.)\w[\w.-]*"
-REPO_ID = r"(?!.*(?:--|\.\.|\.git$))(?:\b[\w.-]+\b/)?\b[\w.-]{1,96}\b"
 
 # %% ../nbs/03_registry.ipynb #4911dfbc
 KNOWN = {s.alias: s for s in (
@@ -130,7 +131,7 @@ def edit_lock(path: Path) -> Iterator[dict[str, list[dict]]]:  # change it in pl
     except Timeout as e: raise MLError(f"another process holds {str(path)}.lock for more than 30 s", details={"lockfile": str(path)}, original_error=e)
     except OSError as e: raise ValidationError(f"cannot write the lockfile {str(path)!r}: {e.strerror or e}", details={"lockfile": str(path)}, original_error=e)
 
-# %% ../nbs/03_registry.ipynb #a7fce752
+# %% ../nbs/03_registry.ipynb #1892c8dd
 def locked_versions(spec: ModelSpec, path: Path) -> list[dict]:  # oldest first
     "The locked versions of a model, and of no other that once had its alias."
     versions = read_lock(path).get(spec.alias, [])
@@ -140,6 +141,7 @@ def locked_versions(spec: ModelSpec, path: Path) -> list[dict]:  # oldest first
                                   details={"alias": spec.alias, "locked": v["repo_id"], "repo_id": spec.repo_id})
     return versions
 
+# %% ../nbs/03_registry.ipynb #a7fce752
 def choose_version(alias: str,
                    versions: list[dict],  # oldest first
                    version: str | None = None,  # beginning of a commit
@@ -165,13 +167,6 @@ def is_model_folder(path: str | Path) -> bool:
     folder = os.path.expanduser(path)
     return bool(folder) and any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "model_index.json"))
 
-def weight_folders(folder: Path) -> list[Path]:  # a pipeline has one per component
-    "Folders that must contain weights."
-    index = folder / "model_index.json"
-    if not index.is_file(): return [folder]
-    parts = [folder / name for name in read_json(index) if (folder / name / "config.json").is_file()]
-    return parts
-
 def read_json(path: Path) -> dict:
     "A JSON object from a model's folder."
     try:
@@ -179,6 +174,11 @@ def read_json(path: Path) -> dict:
         if isinstance(value, dict): return value
         raise ValueError(f"expected an object, found {type(value).__name__}")
     except (OSError, ValueError) as e: raise ModelLoadError(f"{path} cannot be read: {e}", details={"file": path.name}, original_error=e)
+
+def weight_folders(folder: Path) -> list[Path]:  # a pipeline has one per component
+    "Folders that must contain weights."
+    index = folder / "model_index.json"
+    return [folder / name for name in read_json(index) if (folder / name / "config.json").is_file()] if index.is_file() else [folder]
 
 # %% ../nbs/03_registry.ipynb #4ec57d39
 def snapshot_problem(folder: Path) -> tuple[str, str, Exception | None] | None:  # file, what is wrong, what the library said
@@ -204,7 +204,8 @@ def check_snapshot(folder: Path,
     problem = snapshot_problem(folder)
     if problem is None: return folder
     file, what, error = problem
-    raise ModelLoadError(f"{folder / file}: {what}. {remedy}", details={"folder": str(folder), "file": file, "problem": what, "remedy": remedy}, original_error=error)
+    raise ModelLoadError(f"{folder / file}: {what}. {remedy}",
+                         details={"folder": str(folder), "file": file, "problem": what, "remedy": remedy}, original_error=error)
 
 # %% ../nbs/03_registry.ipynb #dc65c9c0
 def ways_out(spec: ModelSpec) -> list[str]:  # commands
@@ -240,6 +241,8 @@ def cached_snapshot(spec: ModelSpec,
     except LocalEntryNotFoundError: return None
 
 # %% ../nbs/03_registry.ipynb #2fd74a81
+TIMEOUT = 5  # seconds of silence
+
 def download(spec: ModelSpec,
              revision: str,
              cache_dir: str | Path | None,
@@ -256,8 +259,6 @@ def download(spec: ModelSpec,
     except HfHubHTTPError as e: raise not_here(spec, revision, cache_dir, f"the Hub refuses: {str(e).splitlines()[0]}", e)
     except (httpx.HTTPError, LocalEntryNotFoundError) as e: raise not_here(spec, revision, cache_dir, f"the Hub could not be reached ({e.__cause__ or e})", e)
     except OSError as e: raise not_here(spec, revision, cache_dir, f"what the Hub sends cannot be kept ({e})", e)
-
-TIMEOUT = 5  # seconds of silence
 
 # %% ../nbs/03_registry.ipynb #c77d5789
 CONVERTER = "SFconvertbot"
@@ -284,7 +285,22 @@ def fetch(spec: ModelSpec, revision: str, cache_dir: str | Path | None, offline:
     pin(spec.repo_id, folder.name, spec.alias, cache_dir)
     return folder
 
+# %% ../nbs/03_registry.ipynb #4a012388
+def wanted_revision(spec: ModelSpec, cache_dir: str | Path | None, lockfile: str | Path | None) -> str:
+    "What an unversioned name means here."
+    locked = choose_version(spec.alias, locked_versions(spec, lock_path(lockfile, cache_dir)))
+    return (locked and locked["commit"]) or pins(cache_dir).get((spec.repo_id, spec.alias)) or spec.revision or "main"
+
 # %% ../nbs/03_registry.ipynb #e9f9994c
+def bundled_folder(spec: ModelSpec) -> Path:
+    "Where the package keeps a model of its own."
+    return Path(str(files("devsky_nb") / "models" / spec.alias))
+
+def repair(spec: ModelSpec, snapshot: Path) -> str:  # a command
+    "What replaces a damaged file of a snapshot in its own cache."
+    if spec.alias in KNOWN and snapshot.parents[2] == hub_cache(): return f"`{ways_out(spec)[0]}`"
+    return fetch_command(snapshot.parents[1], "--revision", snapshot.name, "--force-download")
+
 def locate_spec(spec: ModelSpec,
                 revision: str | None = None,  # None: the locked one, else the pinned one, else what `spec` says, else "main"
                 cache_dir: str | Path | None = None,
@@ -297,21 +313,6 @@ def locate_spec(spec: ModelSpec,
     folder = cached_snapshot(spec, revision, cache_dir) or fetch(spec, revision, cache_dir, offline)
     record_use(spec.repo_id, folder.name, cache_dir)
     return check_snapshot(folder, f"Fetch it again with {repair(spec, folder)}")
-
-# %% ../nbs/03_registry.ipynb #4a012388
-def bundled_folder(spec: ModelSpec) -> Path:
-    "Where the package keeps a model of its own."
-    return Path(str(files("devsky_nb") / "models" / spec.alias))
-
-def repair(spec: ModelSpec, snapshot: Path) -> str:  # a command
-    "What replaces a damaged file of a snapshot in its own cache."
-    if spec.alias in KNOWN and snapshot.parents[2] == hub_cache(): return f"`{ways_out(spec)[0]}`"
-    return fetch_command(snapshot.parents[1], "--revision", snapshot.name, "--force-download")
-
-def wanted_revision(spec: ModelSpec, cache_dir: str | Path | None, lockfile: str | Path | None) -> str:
-    "What an unversioned name means here."
-    locked = choose_version(spec.alias, locked_versions(spec, lock_path(lockfile, cache_dir)))
-    return (locked and locked["commit"]) or pins(cache_dir).get((spec.repo_id, spec.alias)) or spec.revision or "main"
 
 # %% ../nbs/03_registry.ipynb #ae5c3f3c
 def locate_model(name: str | Path,  # alias, "org/name" on the Hub, or a local folder
@@ -354,7 +355,8 @@ def load_errors(cls: type, folder: Path) -> Iterator[None]:
     try: yield
     except (MLError, MemoryError): raise
     except Exception as e:
-        raise ModelLoadError(f"{folder} cannot be loaded as {cls.__name__}: {reason(e)}. Save or fetch the model again", details={"folder": str(folder)}, original_error=e)
+        raise ModelLoadError(f"{folder} cannot be loaded as {cls.__name__}: {reason(e)}. Save or fetch the model again",
+                             details={"folder": str(folder)}, original_error=e)
 
 def reason(error: Exception) -> str:
     "What a library says went wrong; transformers leaves the words that matter to its log."
@@ -364,6 +366,7 @@ def reason(error: Exception) -> str:
     told = re.findall(r"^\w+Error: .*", str(next(iter(hidden.values()))), re.M) if hidden else []
     return told[-1] if told else str(error)
 
+# %% ../nbs/03_registry.ipynb #4679bed6
 def load_part(cls: type,  # a model class of transformers or diffusers
               folder: Path,
               dtype: "torch.dtype",
@@ -392,7 +395,8 @@ def part_class(part: Path) -> type:
     "The class of one network of a pipeline, from the two libraries that may be used."
     library, name = read_json(part.parent / "model_index.json")[part.name]
     if library not in ("transformers", "diffusers"):
-        raise ModelLoadError(f"{part} wants code from {library!r}: only transformers and diffusers may be used", details={"folder": str(part.parent), "library": library})
+        raise ModelLoadError(f"{part} wants code from {library!r}: only transformers and diffusers may be used",
+                             details={"folder": str(part.parent), "library": library})
     try: return getattr(import_module(library), name)
     except AttributeError as e: raise ModelLoadError(f"{part} wants {name!r}, which {library} does not have", details={"folder": str(part.parent)}, original_error=e)
 
@@ -503,10 +507,6 @@ class ModelRegistry:
         "The specification behind a name."
         return find_spec(name, self.known)
 
-    def versions(self, alias: str) -> list[dict]:  # oldest first
-        "The locked versions of a model."
-        return locked_versions(self.spec(alias), self.lockfile)
-
 # %% ../nbs/03_registry.ipynb #37d00eea
 @patch
 def register(self: ModelRegistry, spec: ModelSpec) -> ModelSpec:  # the same
@@ -514,6 +514,216 @@ def register(self: ModelRegistry, spec: ModelSpec) -> ModelSpec:  # the same
     known = self.known.setdefault(spec.alias, spec)
     if known == spec: return spec
     raise ValidationError(f"{spec.alias!r} is taken by {known.repo_id}: choose another alias", details={"alias": spec.alias, "repo_id": known.repo_id})
+
+# %% ../nbs/03_registry.ipynb #eee61f28
+@patch
+def versions(self: ModelRegistry, alias: str) -> list[dict]:  # oldest first
+    "The locked versions of a model."
+    return locked_versions(self.spec(alias), self.lockfile)
+
+@patch
+def _is_folder(self: ModelRegistry, name: str | Path) -> bool:
+    "Whether a name means a local folder: a `Path` always, a text unless it is known by name."
+    return isinstance(name, Path) or (name not in self.known and is_model_folder(name))
+
+@patch
+def _key(self: ModelRegistry, name: str | Path, version: str | None = None, stage: str | None = None) -> tuple[str, str | None]:  # alias or path, commit
+    "What a model is kept under in memory."
+    if self._is_folder(name):
+        if version or stage: raise ValidationError(f"the folder {str(name)!r} has no versions: leave version and stage out", details={"name": str(name)})
+        return str(Path(name).expanduser().absolute()), None
+    spec = self.spec(name)
+    locked = choose_version(spec.alias, self.versions(name), version, stage)
+    return spec.alias, locked and locked["commit"]
+
+# %% ../nbs/03_registry.ipynb #a065fcfe
+@patch
+def _make_room(self: ModelRegistry, alias: str, needed: int) -> None:
+    "Evict what is not leased, least recently used first, or say why that is not enough."
+    with self._state:
+        used, leased = sum(m.bytes for m in self._loaded.values()), sum(m.bytes for m in self._loaded.values() if m.leases)
+        if leased + needed > self.max_bytes:
+            raise InsufficientMemoryError(f"{alias} needs {format_bytes(needed)}; of max_bytes={self.max_bytes} ({format_bytes(self.max_bytes)}) "
+                                          f"leased models hold {format_bytes(leased)}",
+                                          details={"alias": alias, "needed": needed, "max_bytes": self.max_bytes, "leased": leased, "used": used})
+        if used + needed <= self.max_bytes: return
+        for key in [k for k, m in self._loaded.items() if not m.leases]:
+            used -= self._loaded.pop(key).bytes
+            if used + needed <= self.max_bytes: break
+    release_memory()
+
+# %% ../nbs/03_registry.ipynb #ea41116b
+@patch
+def _load(self: ModelRegistry, key: tuple, folder: Path) -> Loaded:
+    "Make room, load, and keep; one at a time, so that the limit holds."
+    device = check_device(self.device)
+    dtype = default_dtype(device)
+    with self._room:
+        if self.max_bytes is None: self.max_bytes = int(MEMORY_SHARE * memory_info(device).free)
+        self._make_room(key[0], expected_bytes(folder, dtype))
+        loaded = Loaded(load_folder(folder, device, dtype), 0, leases=1)
+        loaded.bytes = model_bytes(loaded.model)
+        self._make_room(key[0], loaded.bytes)
+        with self._state: self._loaded[key] = loaded
+    return loaded
+
+# %% ../nbs/03_registry.ipynb #e7cdfd80
+@patch
+def _lease(self: ModelRegistry, alias: str | Path, version: str | None, stage: str | None) -> Loaded:  # with one lease more
+    "A model in memory, loaded if need be; whoever calls this gives the lease back."
+    key = self._key(alias, version, stage)
+    with self._state: lock = self._locks.setdefault(key, threading.Lock())
+    with lock:
+        with self._state:
+            if key in self._loaded:
+                self._loaded.move_to_end(key)
+                self._loaded[key].leases += 1
+                return self._loaded[key]
+        if self._is_folder(alias): folder = locate_model(Path(alias))
+        else: folder = locate_spec(self.spec(alias), key[1], self.cache_dir, self.offline, self.lockfile)
+        return self._load(key, folder)
+
+# %% ../nbs/03_registry.ipynb #c92e564d
+@patch
+@contextmanager
+def lease(self: ModelRegistry,
+          alias: str | Path,  # "org/name" or a folder will do
+          version: str | None = None,
+          stage: str | None = None,
+          ) -> Iterator[object]:  # the model
+    "Use a model that nothing can evict meanwhile."
+    loaded = self._lease(alias, version, stage)
+    try: yield loaded.model
+    finally:
+        with self._state: loaded.leases -= 1
+
+# %% ../nbs/03_registry.ipynb #3ba1c86c
+@patch
+def get_model(self: ModelRegistry,
+              alias: str | Path,  # "org/name" or a folder will do
+              version: str | None = None,  # beginning of a locked commit
+              stage: str | None = None,  # one of `STAGES`; None: production, else the newest that is not archived
+              ) -> "CLIPModel | CLIPVisionModelWithProjection | StableDiffusionXLPipeline":
+    "A model, loaded once."
+    with self.lease(alias, version, stage) as model: return model
+
+# %% ../nbs/03_registry.ipynb #dbc87f16
+@patch
+def unload(self: ModelRegistry,
+           alias: str | Path,  # "org/name" or a folder will do
+           ) -> int:  # bytes that the registry no longer holds
+    "Forget all versions of a model and give their memory back."
+    alias = str(Path(alias).expanduser().absolute()) if self._is_folder(alias) else self.spec(alias).alias
+    with self._state:
+        keys = [key for key in self._loaded if key[0] == alias]
+        if leased := sum(self._loaded[key].leases for key in keys):
+            raise MLError(f"{alias} is in use: {leased} lease{'s'[:leased > 1]}", details={"alias": alias, "leases": leased})
+        freed = sum(self._loaded.pop(key).bytes for key in keys)
+    release_memory()
+    return freed
+
+# %% ../nbs/03_registry.ipynb #03f10fb7
+def verify_bundled(folder: Path, spec: ModelSpec) -> VerifyReport:
+    "Check a model of the package against its recipe."
+    promised, problems, size = read_json(folder / "recipe.json")["sha256"], [], 0
+    for name, digest in promised.items():
+        with (folder / name).open("rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
+        size += (folder / name).stat().st_size
+        if found == digest: continue
+        what = "damaged: the weights do not match the checksum in recipe.json"
+        problems.append(CacheProblem(what, "Install devsky_nb again", spec.repo_id, None, name))
+    return VerifyReport(files=len(promised), bytes=size, problems=problems)
+
+@patch
+def verify(self: ModelRegistry,
+           alias: str,  # or "org/name"
+           ) -> VerifyReport:
+    "Check every byte of a model that is here, offline."
+    spec = self.spec(alias)
+    if spec.bundled: return verify_bundled(bundled_folder(spec), spec)
+    revision = wanted_revision(spec, self.cache_dir, self.lockfile)
+    folder = cached_snapshot(spec, revision, self.cache_dir)
+    if folder is None: raise not_here(spec, revision, self.cache_dir, "nothing else can be checked")
+    return verify_cache(spec.repo_id, folder.name, self.cache_dir)
+
+# %% ../nbs/03_registry.ipynb #3607a175
+@dataclass(frozen=True)
+class Prefetched:
+    "What was fetched, and whether it is sound."
+    alias: str
+    repo_id: str
+    commit: str | None  # None: bundled
+    folder: str
+    verified: VerifyReport
+
+    @property
+    def ok(self) -> bool:
+        "Whether the model is here, sound, and locked."
+        return self.verified.ok
+
+    def to_dict(self) -> dict:  # ready for JSON
+        "The result as plain data."
+        return {"ok": self.ok, **asdict(self), "verified": self.verified.to_dict()}
+
+    def __repr__(self) -> str: return f"{self.alias}: {self.repo_id} {(self.commit or 'bundled')[:8]}, {self.verified!r}"
+
+    def _repr_html_(self) -> str: return f"<p>{self.alias}: {self.repo_id} {(self.commit or 'bundled')[:8]}</p>{self.verified._repr_html_()}"
+
+# %% ../nbs/03_registry.ipynb #1c4b78ad
+@patch
+def _lock_version(self: ModelRegistry, spec: ModelSpec, commit: str) -> None:
+    "Pin a commit and write it to the lockfile."
+    for name in (spec.alias, f"{spec.alias}.{commit[:8]}"): pin(spec.repo_id, commit, name, self.cache_dir)
+    with edit_lock(self.lockfile) as models:
+        versions = models.setdefault(spec.alias, [])
+        if not any(v["commit"] == commit for v in versions):
+            versions.append({"repo_id": spec.repo_id, "commit": commit, "patterns": list(spec.allow_patterns), "stage": STAGES[0],
+                             "locked_at": datetime.now(UTC).isoformat(timespec="seconds")})
+
+# %% ../nbs/03_registry.ipynb #b4969d35
+@patch
+def prefetch(self: ModelRegistry,
+             alias: str,  # or "org/name"
+             revision: str | None = None,  # commit, branch or tag; None: the locked commit, else "main"
+             ) -> Prefetched:
+    "Fetch a model for offline use: verify, pin and lock it."
+    from huggingface_hub import constants
+    spec = self.spec(alias)
+    if spec.bundled: return Prefetched(spec.alias, spec.repo_id, None, str(bundled_folder(spec)), self.verify(spec.alias))
+    locked_versions(spec, self.lockfile)
+    revision = revision or wanted_revision(spec, self.cache_dir, self.lockfile)
+    offline = self.offline or constants.HF_HUB_OFFLINE
+    folder = offline and cached_snapshot(spec, revision, self.cache_dir) or fetch(spec, revision, self.cache_dir, offline)
+    report = verify_cache(spec.repo_id, folder.name, self.cache_dir)
+    if not (report.ok or offline):
+        download(spec, folder.name, self.cache_dir, force=True)
+        report = verify_cache(spec.repo_id, folder.name, self.cache_dir)
+    if report.ok:
+        check_snapshot(folder, f"{spec.repo_id} cannot be used without pickles at {revision}; choose another revision")
+        self._lock_version(spec, folder.name)
+    return Prefetched(spec.alias, spec.repo_id, folder.name, str(folder), report)
+
+# %% ../nbs/03_registry.ipynb #7cf30430
+@patch
+def promote(self: ModelRegistry,
+            alias: str,
+            stage: str,  # one of `STAGES`
+            version: str | None = None,  # beginning of a commit; None: the only one that can be meant
+            ) -> dict:  # the version
+    "Move a locked version to a stage."
+    if stage not in STAGES: raise ValidationError(f"stage={stage!r}: expected one of {', '.join(STAGES)}", details={"stage": stage})
+    alias = self.spec(alias).alias
+    with edit_lock(self.lockfile) as models:
+        versions = models.get(alias, [])
+        fits = [v for v in versions if v["commit"].startswith(version or "") and (version or v["stage"] not in (stage, "archived"))]
+        if len(fits) != 1:
+            locked = ", ".join(f"{v['commit'][:8]} {v['stage']}" for v in versions) or "no versions"
+            raise ValidationError(f"{alias}: {len(fits)} versions can be meant by version={version!r}; locked are {locked}",
+                                  details={"alias": alias, "version": version, "versions": versions})
+        for v in versions if stage == "production" else []:
+            if v["stage"] == stage: v["stage"] = "archived"
+        fits[0]["stage"] = stage
+    return fits[0]
 
 # %% ../nbs/03_registry.ipynb #ea3da030
 @dataclass(frozen=True)
@@ -545,203 +755,3 @@ def specs(self: ModelRegistry) -> SpecList:
         cached = spec.bundled or cached_snapshot(spec, revision, self.cache_dir) is not None
         rows.append({**asdict(spec), "commit": locked.get("commit"), "stage": locked.get("stage"), "cached": cached})
     return SpecList(rows)
-
-# %% ../nbs/03_registry.ipynb #eee61f28
-@patch
-def _is_folder(self: ModelRegistry, name: str | Path) -> bool:
-    "Whether a name means a local folder: a `Path` always, a text unless it is known by name."
-    return isinstance(name, Path) or (name not in self.known and is_model_folder(name))
-
-@patch
-def _key(self: ModelRegistry, name: str | Path, version: str | None = None, stage: str | None = None) -> tuple[str, str | None]:  # alias or path, commit
-    "What a model is kept under in memory."
-    if self._is_folder(name):
-        if version or stage: raise ValidationError(f"the folder {str(name)!r} has no versions: leave version and stage out", details={"name": str(name)})
-        return str(Path(name).expanduser().absolute()), None
-    spec = self.spec(name)
-    locked = choose_version(spec.alias, self.versions(name), version, stage)
-    return spec.alias, locked and locked["commit"]
-
-# %% ../nbs/03_registry.ipynb #e7cdfd80
-@patch
-def _lease(self: ModelRegistry, alias: str | Path, version: str | None, stage: str | None) -> Loaded:  # with one lease more
-    "A model in memory, loaded if need be; whoever calls this gives the lease back."
-    key = self._key(alias, version, stage)
-    with self._state: lock = self._locks.setdefault(key, threading.Lock())
-    with lock:
-        with self._state:
-            if key in self._loaded:
-                self._loaded.move_to_end(key)
-                self._loaded[key].leases += 1
-                return self._loaded[key]
-        if self._is_folder(alias): folder = locate_model(Path(alias))
-        else: folder = locate_spec(self.spec(alias), key[1], self.cache_dir, self.offline, self.lockfile)
-        return self._load(key, folder)
-
-# %% ../nbs/03_registry.ipynb #a065fcfe
-@patch
-def _load(self: ModelRegistry, key: tuple, folder: Path) -> Loaded:
-    "Make room, load, and keep; one at a time, so that the limit holds."
-    device = check_device(self.device)
-    dtype = default_dtype(device)
-    with self._room:
-        if self.max_bytes is None: self.max_bytes = int(MEMORY_SHARE * memory_info(device).free)
-        self._make_room(key[0], expected_bytes(folder, dtype))
-        loaded = Loaded(load_folder(folder, device, dtype), 0, leases=1)
-        loaded.bytes = model_bytes(loaded.model)
-        self._make_room(key[0], loaded.bytes)
-        with self._state: self._loaded[key] = loaded
-    return loaded
-
-@patch
-def _make_room(self: ModelRegistry, alias: str, needed: int) -> None:
-    "Evict what is not leased, least recently used first, or say why that is not enough."
-    with self._state:
-        used, leased = sum(m.bytes for m in self._loaded.values()), sum(m.bytes for m in self._loaded.values() if m.leases)
-        if leased + needed > self.max_bytes:
-            raise InsufficientMemoryError(f"{alias} needs {format_bytes(needed)}; of max_bytes={self.max_bytes} ({format_bytes(self.max_bytes)}) leased models hold {format_bytes(leased)}",
-                                          details={"alias": alias, "needed": needed, "max_bytes": self.max_bytes, "leased": leased, "used": used})
-        if used + needed <= self.max_bytes: return
-        for key in [k for k, m in self._loaded.items() if not m.leases]:
-            used -= self._loaded.pop(key).bytes
-            if used + needed <= self.max_bytes: break
-    release_memory()
-
-# %% ../nbs/03_registry.ipynb #c92e564d
-@patch
-@contextmanager
-def lease(self: ModelRegistry,
-          alias: str | Path,  # "org/name" or a folder will do
-          version: str | None = None,
-          stage: str | None = None,
-          ) -> Iterator[object]:  # the model
-    "Use a model that nothing can evict meanwhile."
-    loaded = self._lease(alias, version, stage)
-    try: yield loaded.model
-    finally:
-        with self._state: loaded.leases -= 1
-
-@patch
-def get_model(self: ModelRegistry,
-              alias: str | Path,  # "org/name" or a folder will do
-              version: str | None = None,  # beginning of a locked commit
-              stage: str | None = None,  # one of `STAGES`; None: production, else the newest that is not archived
-              ) -> "CLIPModel | CLIPVisionModelWithProjection | StableDiffusionXLPipeline":
-    "A model, loaded once."
-    with self.lease(alias, version, stage) as model: return model
-
-# %% ../nbs/03_registry.ipynb #dbc87f16
-@patch
-def unload(self: ModelRegistry,
-           alias: str | Path,  # "org/name" or a folder will do
-           ) -> int:  # bytes that the registry no longer holds
-    "Forget all versions of a model and give their memory back."
-    alias = str(Path(alias).expanduser().absolute()) if self._is_folder(alias) else self.spec(alias).alias
-    with self._state:
-        keys = [key for key in self._loaded if key[0] == alias]
-        if leased := sum(self._loaded[key].leases for key in keys):
-            raise MLError(f"{alias} is in use: {leased} leases", details={"alias": alias, "leases": leased})
-        freed = sum(self._loaded.pop(key).bytes for key in keys)
-    release_memory()
-    return freed
-
-# %% ../nbs/03_registry.ipynb #03f10fb7
-@patch
-def verify(self: ModelRegistry,
-           alias: str,  # or "org/name"
-           ) -> VerifyReport:
-    "Check every byte of a model that is here, offline."
-    spec = self.spec(alias)
-    if spec.bundled: return verify_bundled(bundled_folder(spec), spec)
-    revision = wanted_revision(spec, self.cache_dir, self.lockfile)
-    folder = cached_snapshot(spec, revision, self.cache_dir)
-    if folder is None: raise not_here(spec, revision, self.cache_dir, "nothing else can be checked")
-    return verify_cache(spec.repo_id, folder.name, self.cache_dir)
-
-def verify_bundled(folder: Path, spec: ModelSpec) -> VerifyReport:
-    "Check a model of the package against its recipe."
-    promised, problems, size = read_json(folder / "recipe.json")["sha256"], [], 0
-    for name, digest in promised.items():
-        with (folder / name).open("rb") as f: found = hashlib.file_digest(f, "sha256").hexdigest()
-        size += (folder / name).stat().st_size
-        if found != digest: problems.append(CacheProblem("damaged: the weights do not match the checksum in recipe.json", "Install devsky_nb again", spec.repo_id, None, name))
-    return VerifyReport(files=len(promised), bytes=size, problems=problems)
-
-# %% ../nbs/03_registry.ipynb #3607a175
-@dataclass(frozen=True)
-class Prefetched:
-    "What was fetched, and whether it is sound."
-    alias: str
-    repo_id: str
-    commit: str | None  # None: bundled
-    folder: str
-    verified: VerifyReport
-
-    @property
-    def ok(self) -> bool:
-        "Whether the model is here, sound, and locked."
-        return self.verified.ok
-
-    def to_dict(self) -> dict:  # ready for JSON
-        "The result as plain data."
-        return {"ok": self.ok, **asdict(self), "verified": self.verified.to_dict()}
-
-    def __repr__(self) -> str: return f"{self.alias}: {self.repo_id} {(self.commit or 'bundled')[:8]}, {self.verified!r}"
-
-    def _repr_html_(self) -> str: return f"<p>{self.alias}: {self.repo_id} {(self.commit or 'bundled')[:8]}</p>{self.verified._repr_html_()}"
-
-# %% ../nbs/03_registry.ipynb #b4969d35
-@patch
-def prefetch(self: ModelRegistry,
-             alias: str,  # or "org/name"
-             revision: str | None = None,  # commit, branch or tag; None: the locked commit, else "main"
-             ) -> Prefetched:
-    "Fetch a model for offline use: verify, pin and lock it."
-    from huggingface_hub import constants
-    spec = self.spec(alias)
-    if spec.bundled: return Prefetched(spec.alias, spec.repo_id, None, str(bundled_folder(spec)), self.verify(spec.alias))
-    locked_versions(spec, self.lockfile)
-    revision = revision or wanted_revision(spec, self.cache_dir, self.lockfile)
-    offline = self.offline or constants.HF_HUB_OFFLINE
-    folder = offline and cached_snapshot(spec, revision, self.cache_dir) or fetch(spec, revision, self.cache_dir, offline)
-    report = verify_cache(spec.repo_id, folder.name, self.cache_dir)
-    if not (report.ok or offline):
-        download(spec, folder.name, self.cache_dir, force=True)
-        report = verify_cache(spec.repo_id, folder.name, self.cache_dir)
-    if report.ok:
-        check_snapshot(folder, f"{spec.repo_id} cannot be used without pickles at {revision}; choose another revision")
-        self._lock_version(spec, folder.name)
-    return Prefetched(spec.alias, spec.repo_id, folder.name, str(folder), report)
-
-# %% ../nbs/03_registry.ipynb #1c4b78ad
-@patch
-def _lock_version(self: ModelRegistry, spec: ModelSpec, commit: str) -> None:
-    "Pin a commit and write it to the lockfile."
-    for name in (spec.alias, f"{spec.alias}.{commit[:8]}"): pin(spec.repo_id, commit, name, self.cache_dir)
-    with edit_lock(self.lockfile) as models:
-        versions = models.setdefault(spec.alias, [])
-        if not any(v["commit"] == commit for v in versions):
-            versions.append({"repo_id": spec.repo_id, "commit": commit, "patterns": list(spec.allow_patterns), "stage": STAGES[0],
-                             "locked_at": datetime.now(UTC).isoformat(timespec="seconds")})
-
-# %% ../nbs/03_registry.ipynb #7cf30430
-@patch
-def promote(self: ModelRegistry,
-            alias: str,
-            stage: str,  # one of `STAGES`
-            version: str | None = None,  # beginning of a commit; None: the only one that can be meant
-            ) -> dict:  # the version
-    "Move a locked version to a stage."
-    if stage not in STAGES: raise ValidationError(f"stage={stage!r}: expected one of {', '.join(STAGES)}", details={"stage": stage})
-    alias = self.spec(alias).alias
-    with edit_lock(self.lockfile) as models:
-        versions = models.get(alias, [])
-        fits = [v for v in versions if v["commit"].startswith(version or "") and (version or v["stage"] not in (stage, "archived"))]
-        if len(fits) != 1:
-            locked = ", ".join(f"{v['commit'][:8]} {v['stage']}" for v in versions) or "no versions"
-            raise ValidationError(f"{alias}: {len(fits)} versions can be meant by version={version!r}; locked are {locked}",
-                                  details={"alias": alias, "version": version, "versions": versions})
-        for v in versions if stage == "production" else []:
-            if v["stage"] == stage: v["stage"] = "archived"
-        fits[0]["stage"] = stage
-    return fits[0]
