@@ -98,7 +98,8 @@ def cache_problems(cache_dir: str | Path | None = None,
     existing = next(p for p in (folder, *folder.parents) if p.exists())
     if not os.access(existing, os.W_OK): found.append(CacheProblem(f"{existing} cannot be written", "Give write permission, or set HF_HOME to another folder"))
     elif existing == folder and not are_symlinks_supported(folder):
-        found.append(CacheProblem(f"{folder} has no symbolic links: revisions share no files, and copies have no checksum", "Use a file system with links, or unset HF_HUB_DISABLE_SYMLINKS"))
+        found.append(CacheProblem(f"{folder} has no symbolic links: revisions share no files, and copies have no checksum",
+                                  "Use a file system with links, or unset HF_HUB_DISABLE_SYMLINKS"))
     return found
 
 # %% ../nbs/02_cache.ipynb #20bc2f54
@@ -128,7 +129,8 @@ def cached_commit(repo_id: str,
     if ".." not in ref.parts and ref.is_relative_to(folder) and ref.is_file(): name = ref.read_text(errors="replace")
     matches = [c for c in commits if c == name or (len(name) >= 7 and c.startswith(name))]
     if len(matches) == 1: return matches[0]
-    raise ValidationError(f"{repo_id} has {'no' if not matches else 'more than one'} cached revision {revision!r}; cached are {', '.join(c[:8] for c in commits) or 'none'}",
+    raise ValidationError(f"{repo_id} has {'no' if not matches else 'more than one'} cached revision {revision!r}; "
+                          f"cached are {', '.join(c[:8] for c in commits) or 'none'}",
                           details={"repo_id": repo_id, "revision": revision, "cached": commits})
 
 # %% ../nbs/02_cache.ipynb #75fb1920
@@ -271,7 +273,8 @@ def missing_weights(snapshot: Path) -> Iterator[tuple[str, str]]:  # file, what 
     for config in sorted(snapshot.rglob("config.json")):
         is_model = {"architectures", "_class_name"} & set(read_object(config))
         if is_model and not any(is_weights(p) or p.name.endswith(".index.json") for p in config.parent.rglob("*")):
-            yield config.relative_to(snapshot).as_posix(), "a model's configuration without weights: half downloaded, unless only the tokenizer or the configuration was wanted"
+            what = "a model's configuration without weights: half downloaded, unless only the tokenizer or the configuration was wanted"
+            yield config.relative_to(snapshot).as_posix(), what
 
 # %% ../nbs/02_cache.ipynb #bff4912b
 def html_table(title: str,
@@ -350,8 +353,10 @@ def check_blob(repo: Path,  # models--org--name
     "What is wrong with one blob, for each file that leads to it."
     what, name = blob_state(blob, users), repo_name(repo)
     if not what: return [] if what == "" else None
-    if not users: return [CacheProblem(what, f"No revision uses it: unless a download is running, delete it with `rm {shlex.quote(str(blob))}`", name, None, blob.name)]
-    return [CacheProblem(what, f"Fetch it again with {fetch_command(repo, file, '--revision', commit, '--force-download')}", name, commit, file) for commit, file in users]
+    delete = f"No revision uses it: unless a download is running, delete it with `rm {shlex.quote(str(blob))}`"
+    if not users: return [CacheProblem(what, delete, name, None, blob.name)]
+    return [CacheProblem(what, f"Fetch it again with {fetch_command(repo, file, '--revision', commit, '--force-download')}", name, commit, file)
+            for commit, file in users]
 
 # %% ../nbs/02_cache.ipynb #5190cb1d
 def check_refs(repo: Path,  # models--org--name
@@ -398,13 +403,13 @@ def ago(then: float,  # seconds since the epoch
 # %% ../nbs/02_cache.ipynb #4a034fce
 @dataclass(frozen=True)
 class CachedRevision:
-    "One line of the report."
+    "A revision in the cache; one line of every listing."
     repo_id: str
     commit: str
     size: int  # bytes, files shared with other revisions included
     refs: tuple[str, ...]
     pinned: bool
-    used: float  # seconds since the epoch: our own log, or when it was fetched if that is later
+    used: float  # seconds since the epoch: our own stamp, or when it was fetched if that is later
 
     def row(self) -> tuple[str, ...]:
         "The revision as cells of a table."
@@ -434,7 +439,8 @@ class CacheReport:
     def __repr__(self) -> str: return "\n".join([str(self), *(f"  {r}" for r in self.revisions), *(f"  {p}" for p in self.problems)])
 
     def _repr_html_(self) -> str:
-        return html_table("; ".join([str(self), *map(str, self.problems)]), ("repository", "revision", "size", "used", "", "refs"), [r.row() for r in self.revisions])
+        title = "; ".join([str(self), *map(str, self.problems)])
+        return html_table(title, ("repository", "revision", "size", "used", "", "refs"), [r.row() for r in self.revisions])
 
 # %% ../nbs/02_cache.ipynb #b46633a0
 def scan(cache_dir: str | Path | None) -> "HFCacheInfo | None":  # None: there is no cache yet
@@ -529,6 +535,7 @@ def downloads(info: "HFCacheInfo") -> tuple[dict[str, int], set[str]]:  # stale 
         else: busy.add(repo_name(f.file_path.parents[1]))
     return stale, busy
 
+# %% ../nbs/02_cache.ipynb #632d2090
 def deletion(info: "HFCacheInfo", evict: Iterable[CachedRevision]) -> "DeleteCacheStrategy":
     "The Hub's own deletion of these revisions; nothing is deleted before its `execute`."
     return info.delete_revisions(*(f"model/{r.repo_id}@{r.commit}" for r in evict))
@@ -541,7 +548,8 @@ def plan_eviction(max_bytes: int | None = None,  # shrink the cache to this
                   ) -> EvictionPlan:
     "Plan what to delete, least recently used first; nothing is deleted yet."
     if max_bytes is None and unused_days is None: raise ValidationError("plan_eviction needs max_bytes, unused_days, or both")
-    if not (max_bytes or 0) >= 0 or not (unused_days or 0) >= 0: raise ValidationError(f"limits cannot be negative: max_bytes={max_bytes}, unused_days={unused_days}")
+    if not (max_bytes or 0) >= 0 or not (unused_days or 0) >= 0:
+        raise ValidationError(f"limits cannot be negative: max_bytes={max_bytes}, unused_days={unused_days}")
     folder, info = str(hub_cache(cache_dir)), scan(cache_dir)
     if info is None: return EvictionPlan(folder, 0, 0, [], [], max_bytes)
     (stale, busy), oldest = downloads(info), None if unused_days is None else time.time() - 86400 * unused_days
@@ -573,8 +581,10 @@ def execute(self: EvictionPlan) -> EvictionPlan:  # what was done: as planned, l
         strategy.execute()
         for path in stale: Path(path).unlink(missing_ok=True)
     except OSError as e:
-        raise ValidationError(f"cannot delete in {self.folder!r}: {e.strerror}", details={"folder": self.folder, "revisions": [r.commit for r in evict]}, original_error=e)
-    gone = [r for r in evict if not Path(self.folder, "models--" + r.repo_id.replace("/", "--"), "snapshots", r.commit).exists()]  # the Hub's client only logs what it may not delete
+        raise ValidationError(f"cannot delete in {self.folder!r}: {e.strerror}",
+                              details={"folder": self.folder, "revisions": [r.commit for r in evict]}, original_error=e)
+    left = lambda r: Path(self.folder, "models--" + r.repo_id.replace("/", "--"), "snapshots", r.commit).exists()
+    gone = [r for r in evict if not left(r)]  # the Hub's client only logs what it may not delete
     freed = strategy.expected_freed_size if gone == evict else deletion(info, gone).expected_freed_size
     skipped = [f"{r.repo_id} {r.commit}" for r in self.evict if r not in gone]
     return EvictionPlan(self.folder, self.size, freed + sum(stale.values()), gone, list(stale), self.max_bytes, self.problems, True, skipped)
