@@ -6,7 +6,7 @@
 __all__ = ['FLAGS', 'OPEN_ERRORS', 'KINDS', 'FORMATS', 'FOREIGN', 'MAX_SCANS', 'WHITES', 'TURNS', 'MAX_FRAMES', 'ImagePolicy',
            'ImageRecord', 'load_error', 'open_file', 'read_file', 'open_encoded', 'check_header', 'scale_grey',
            'plain_mode', 'srgb_transform', 'to_srgb', 'flatten', 'decode', 'shrink', 'count_frames', 'from_array',
-           'open_source', 'convert', 'decoding_reason', 'forget_locals', 'load_image', 'pixel_hash']
+           'open_source', 'decoding_reason', 'forget_locals', 'convert', 'load_image', 'pixel_hash']
 
 # %% ../nbs/05_images.ipynb #48f713e7
 import errno, hashlib, io, os, stat, sys, traceback
@@ -280,10 +280,26 @@ def open_source(source: "str | os.PathLike | bytes | Image.Image | np.ndarray",
     if isinstance(source, np.ndarray): return from_array(source), None
     if isinstance(source, (str, os.PathLike)): data = read_file(os.fspath(source), policy)
     elif isinstance(source, (bytes, bytearray, memoryview)): data = bytes(source)
-    else: raise load_error("unsupported-type", f"no picture but a {type(source).__name__}: expected a path, bytes, a PIL image or a uint8 array")
+    else: raise load_error("unsupported-type", f"not a picture but an object of type {type(source).__name__!r}: expected a path, bytes, a PIL image or a uint8 array")
     if len(data) > policy.max_bytes:
         raise load_error("too-many-bytes", f"{len(data):,} bytes, more than max_bytes={policy.max_bytes:,}")
     return open_encoded(data), data
+
+# %% ../nbs/05_images.ipynb #fb12bdf8
+def decoding_reason(error: Exception) -> str:  # "truncated", "too-many-pixels", "memory" or "undecodable"
+    "What went wrong inside a decoder, as a short word."
+    if isinstance(error, Image.DecompressionBombError): return "too-many-pixels"
+    if isinstance(error, MemoryError): return "memory"
+    return "truncated" if "truncat" in str(error).lower() else "undecodable"
+
+# %% ../nbs/05_images.ipynb #190f3899
+def forget_locals(error: BaseException,
+                  until: BaseException | None = None,  # an earlier error that is none of our business
+                  ) -> None:
+    "Release what the tracebacks of an error, and of what led to it, keep alive."
+    while error is not None and error is not until:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 # %% ../nbs/05_images.ipynb #09a07458
 def convert(source: "str | os.PathLike | bytes | Image.Image | np.ndarray",
@@ -305,22 +321,6 @@ def convert(source: "str | os.PathLike | bytes | Image.Image | np.ndarray",
     if frames > 1: more.append(f"frames: first of {frames}{' or more' if frames == MAX_FRAMES else ''}")
     digest = None if data is None else hashlib.sha256(data).hexdigest()
     return rgb, ImageRecord(path, image.format, mode, size, frames, data and len(data), digest, (*actions, *turned, *more))
-
-# %% ../nbs/05_images.ipynb #fb12bdf8
-def decoding_reason(error: Exception) -> str:  # "truncated", "too-many-pixels", "memory" or "undecodable"
-    "What went wrong inside a decoder, as a short word."
-    if isinstance(error, Image.DecompressionBombError): return "too-many-pixels"
-    if isinstance(error, MemoryError): return "memory"
-    return "truncated" if "truncat" in str(error).lower() else "undecodable"
-
-# %% ../nbs/05_images.ipynb #190f3899
-def forget_locals(error: BaseException,
-                  until: BaseException | None = None,  # an earlier error that is none of our business
-                  ) -> None:
-    "Release what the tracebacks of an error, and of what led to it, keep alive."
-    while error is not None and error is not until:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
 
 # %% ../nbs/05_images.ipynb #666f65c9
 def load_image(source: "str | os.PathLike | bytes | Image.Image | np.ndarray",
