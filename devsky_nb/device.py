@@ -54,7 +54,8 @@ def parse_bytes(size: int | str,  # bytes, or "8GB", "1.5 GiB", "800M"
                 ) -> int:
     "A size as bytes; units with an i are binary, the others decimal."
     units = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*", str(size), re.IGNORECASE) if isinstance(size, int | str) and not isinstance(size, bool) else None
+    text = str(size) if isinstance(size, int | str) and not isinstance(size, bool) else ""
+    match = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,18})?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if not match: raise ValidationError(f"no size in {size!r}: write it as '20GB', '1.5GiB' or a number of bytes", details={"size": repr(size)})
     number, unit, binary = match.groups()
     return int(float(number) * (1024 if binary else 1000) ** units[unit.upper()])
