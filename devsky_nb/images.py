@@ -280,7 +280,8 @@ def open_source(source: "str | os.PathLike | bytes | Image.Image | np.ndarray",
     if isinstance(source, np.ndarray): return from_array(source), None
     if isinstance(source, (str, os.PathLike)): data = read_file(os.fspath(source), policy)
     elif isinstance(source, (bytes, bytearray, memoryview)): data = bytes(source)
-    else: raise load_error("unsupported-type", f"not a picture but an object of type {type(source).__name__!r}: expected a path, bytes, a PIL image or a uint8 array")
+    else: raise load_error("unsupported-type", f"not a picture but an object of type {type(source).__name__!r}: "
+                                               "expected a path, bytes, a PIL image or a uint8 array")
     if len(data) > policy.max_bytes:
         raise load_error("too-many-bytes", f"{len(data):,} bytes, more than max_bytes={policy.max_bytes:,}")
     return open_encoded(data), data

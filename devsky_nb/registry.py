@@ -196,7 +196,6 @@ def snapshot_problem(folder: Path) -> tuple[str, str, Exception | None] | None: 
             with safe_open(path, framework="np"): pass
         except (SafetensorError, OSError) as e: return name, f"truncated or damaged ({e})", e
 
-# %% ../nbs/03_registry.ipynb #0ea60e9f
 def check_snapshot(folder: Path,
                    remedy: str,  # what the user can do if a file is bad
                    ) -> Path:  # `folder`
