@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['log', 'SIDE', 'COSINE', 'DIFFERENCE', 'SURE', 'COMPANY', 'FAR', 'CROWD', 'QUALITY', 'STATUSES', 'REMEDIES',
-           'images_of', 'entry_problem', 'Embeddings', 'id_of', 'error_record', 'sort_entries', 'embed_entries',
-           'failure', 'check_share', 'validate_image_embeddings', 'sharpness', 'Measurements', 'near_pairs',
-           'duplicate_groups', 'centroid_probabilities', 'reads_labels', 'label_findings', 'robust_z',
-           'outlier_findings', 'quality_findings', 'nearest', 'names_clause', 'check_sizes', 'ImageSetContract',
-           'shown', 'plain', 'Clause', 'ValidationReport', 'as_image_set', 'note_findings', 'check_template',
-           'check_image_set', 'write_report', 'several', 'title_of', 'failure_text']
+           'images_of', 'id_of', 'entry_problem', 'Embeddings', 'error_record', 'failure', 'sort_entries',
+           'embed_entries', 'check_share', 'validate_image_embeddings', 'sharpness', 'Measurements', 'near_pairs',
+           'duplicate_groups', 'reads_labels', 'centroid_probabilities', 'label_findings', 'robust_z',
+           'outlier_findings', 'quality_findings', 'note_findings', 'all_findings', 'nearest', 'names_clause',
+           'check_sizes', 'ImageSetContract', 'shown', 'plain', 'Clause', 'ValidationReport', 'as_image_set',
+           'check_template', 'check_image_set', 'write_report', 'several', 'failure_text', 'title_of']
 
 # %% ../nbs/07_validation.ipynb #3eb05ca4
 import difflib, json, logging, os, reprlib
@@ -47,6 +47,12 @@ def images_of(image_set: dict,  # {"images": [entry, …], "metadata": anything}
     return [dict(e) if isinstance(e, dict) and type(e) is not dict else e for e in images]  # a subclass may do anything on access
 
 # %% ../nbs/07_validation.ipynb #681ed15a
+def id_of(entry: object, index: int) -> object:  # the given id, or image_<index>
+    "What an entry is called."
+    name = entry.get("id") if isinstance(entry, dict) else None
+    return f"image_{index}" if name is None else name
+
+
 def entry_problem(index: int,
                   entry: object,
                   seen: set,  # ids of earlier entries; this one's is added
@@ -54,14 +60,14 @@ def entry_problem(index: int,
     "Which rule an entry breaks, if any."
     where = f"Image at index {index}"
     if not isinstance(entry, dict): return "not-a-dict", f"{where} is not a dictionary", {"type": type(entry).__name__}
-    path, image, label, name = (entry.get(k) for k in ("path", "image", "label", "id"))
+    path, image, label = (entry.get(k) for k in ("path", "image", "label"))
     if path is None and image is None: return "no-source", f"{where} missing 'path' or 'image' key", {"keys": list(entry)}
     if path is not None and image is not None: return "two-sources", f"{where} has both 'path' and 'image': keep one", {"keys": list(entry)}
     if not (path is None or isinstance(path, (str, os.PathLike))):
         return "path-type", f"{where} has a path of type {type(path).__name__}: expected a string", {}
     if not (label is None or isinstance(label, str)):
         return "label-type", f"{where} has a label of type {type(label).__name__}: expected a string", {}
-    name = f"image_{index}" if name is None else name
+    name = id_of(entry, index)
     try:
         if name in seen: return "duplicate-id", f"{where} has the id {name!r} of an earlier image", {}
         seen.add(name)
@@ -89,12 +95,6 @@ class Embeddings(Sequence):
         return {"id": id_of(entry, index), "index": index, "embedding": vector, "shape": tuple(vector.shape), "label": entry.get("label"),
                 "metadata": {k: v for k, v in entry.items() if k not in ("path", "image", "id", "label")}}
 
-
-def id_of(entry: object, index: int) -> object:  # the given id, or image_<index>
-    "What an entry is called."
-    name = entry.get("id") if isinstance(entry, dict) else None
-    return f"image_{index}" if name is None else name
-
 # %% ../nbs/07_validation.ipynb #a69be55e
 def error_record(index: int,
                  entry: object,
@@ -109,6 +109,12 @@ def error_record(index: int,
             "path": str(path) if isinstance(path, (str, os.PathLike)) else None} | more
 
 
+def failure(error: DevSkyyError) -> dict:  # stage and reason; `unexpected` if it is a mistake of ours
+    "Where and why, in short words."
+    known = {"stage": "encode", "reason": "model", **error.details}
+    return {k: known[k] for k in ("stage", "reason", "unexpected") if k in known}
+
+# %% ../nbs/07_validation.ipynb #99d0372a
 def sort_entries(images: list) -> tuple[list[int], list[dict]]:  # positions of the sound entries; records of the others
     "Which entries may go to the model."
     good, errors, seen = [], [], set()
@@ -127,10 +133,10 @@ def embed_entries(image_set: dict,
                   on_embedded: Callable[[int, Embedded], None] | None = None,  # with the position in the set
                   on_image: Callable[[int, Image.Image], None] | None = None,  # the same, from worker threads
                   tick: Callable[[int], object] = lambda n: None,  # told how many entries were dealt with; what it raises ends the work
-                  ) -> dict:  # the document's results
+                  ) -> dict:  # total_images, successful, failed, embeddings, errors, metadata, success_rate
     "Embed every sound entry, record every other one."
     from tqdm import tqdm
-    images = list(images_of(image_set))
+    images = images_of(image_set)
     good, errors = sort_entries(images)
     vectors, done = np.empty((len(good), embedder.dim), np.float32), []
     sources = (images[i]["image"] if images[i].get("path") is None else images[i]["path"] for i in good)
@@ -147,12 +153,6 @@ def embed_entries(image_set: dict,
     return {"total_images": len(images), "successful": len(done), "failed": len(errors),
             "embeddings": Embeddings(vectors[:len(done)], np.array(done, np.int64), images), "errors": errors,
             "metadata": image_set.get("metadata", {}), "success_rate": len(done) / len(images)}
-
-
-def failure(error: DevSkyyError) -> dict:  # stage and reason; `unexpected` if it is a mistake of ours
-    "Where and why, in short words."
-    known = {"stage": "encode", "reason": "model", **error.details}
-    return {k: known[k] for k in ("stage", "reason", "unexpected") if k in known}
 
 # %% ../nbs/07_validation.ipynb #1064eadd
 def check_share(name: str, value: object) -> float:  # `value`
@@ -243,6 +243,16 @@ def duplicate_groups(found: Embeddings, seen: Measurements) -> list[dict]:  # po
                        "similarity": round(float((found.vectors[members] @ found.vectors[best]).min()), 4)})
     return groups
 
+# %% ../nbs/07_validation.ipynb #0cae9596
+def reads_labels(embedder: CLIPImageEmbedder, labels: list[str]) -> str:  # why not; "" if it does
+    "Whether the model can judge these labels as texts."
+    if embedder.output != "projected": return f"vectors are {embedder.output!r}, which no text can be compared with"
+    if not hasattr(embedder.model, "text_projection"): return "the model has no text tower"
+    if not any((embedder.path / f).is_file() for f in ("tokenizer.json", "vocab.json")): return "the model has no tokenizer"
+    try: embedder.encode_text(labels)
+    except DevSkyyError as e: return f"labels cannot be read as texts: {e}"
+    return ""
+
 # %% ../nbs/07_validation.ipynb #0e8c9680
 SURE, COMPANY = 0.9, 3  # probability of another label, at least; pictures that make a centroid, at least
 
@@ -267,16 +277,6 @@ def centroid_probabilities(vectors: np.ndarray,  # (N, D), length 1 each
     return p / p.sum(1, keepdims=True)
 
 # %% ../nbs/07_validation.ipynb #a905c647
-def reads_labels(embedder: CLIPImageEmbedder, labels: list[str]) -> str:  # why not; "" if it does
-    "Whether the model can judge these labels as texts."
-    if embedder.output != "projected": return f"vectors are {embedder.output!r}, which no text can be compared with"
-    if not hasattr(embedder.model, "text_projection"): return "the model has no text tower"
-    if not any((embedder.path / f).is_file() for f in ("tokenizer.json", "vocab.json")): return "the model has no tokenizer"
-    try: embedder.encode_text(labels)
-    except DevSkyyError as e: return f"labels cannot be read as texts: {e}"
-    return ""
-
-
 def label_findings(found: Embeddings, embedder: CLIPImageEmbedder, template: str) -> tuple[str, list[dict]]:  # method; disagreements
     "Labels that the model is sure are wrong."
     given = [found.images[i].get("label") or "" for i in found.indices.tolist()]
@@ -334,6 +334,25 @@ def quality_findings(indices: np.ndarray, seen: Measurements) -> list[dict]:
     hits = dict(zip(QUALITY, (short < 64, long > 4 * short, uniform, dark, bright & ~uniform,
                               (sharp < .06) & ~uniform & ~dark & (short >= 64))))
     return [{"index": int(indices[r]), "warning": name, "limit": QUALITY[name]} for name, rows in hits.items() for r in np.flatnonzero(rows)]
+
+# %% ../nbs/07_validation.ipynb #5fb0e7a7
+def note_findings(indices: np.ndarray, seen: Measurements) -> list[dict]:  # the most frequent first
+    "What was done to pictures while they were read."
+    notes = {}
+    for i in indices.tolist():
+        for action in seen.actions[i]: notes.setdefault(action, []).append(i)
+    return [{"action": a, "members": m} for a, m in sorted(notes.items(), key=lambda n: -len(n[1]))]
+
+
+def all_findings(found: Embeddings,
+                 seen: Measurements,
+                 embedder: CLIPImageEmbedder,
+                 template: str = "a photo of a {}",  # "{}" stands for a label
+                 ) -> dict:  # label_method, wrong_labels, duplicates, outliers, warnings, notes
+    "What looks wrong in pictures that could be embedded."
+    method, wrong = label_findings(found, embedder, template)
+    return {"label_method": method, "wrong_labels": wrong, "duplicates": duplicate_groups(found, seen),
+            "outliers": outlier_findings(found), "warnings": quality_findings(found.indices, seen), "notes": note_findings(found.indices, seen)}
 
 # %% ../nbs/07_validation.ipynb #155a9b33
 def nearest(word: object, words: Iterable[str]) -> str:  # ", did you mean …?", or which there are
@@ -434,7 +453,7 @@ class ValidationReport:
     "The account of an image set, what looks wrong in it, and whether it fulfils its contract."
     def __init__(self,
                  results: dict,  # as `validate_image_embeddings` returns them
-                 findings: dict,  # label_method, wrong_labels, duplicates, outliers, warnings, notes
+                 findings: dict,  # as `all_findings` returns them
                  embedder: CLIPImageEmbedder,
                  ):
         self.results, self.findings, self.policy = results, findings, embedder.policy
@@ -511,14 +530,6 @@ def as_image_set(image_set: dict | Sequence) -> dict:
     return {"images": [{"path": x} if isinstance(x, (str, os.PathLike)) else x for x in image_set]}
 
 
-def note_findings(indices: np.ndarray, seen: Measurements) -> list[dict]:  # the most frequent first
-    "What was done to pictures while they were read."
-    notes = {}
-    for i in indices.tolist():
-        for action in seen.actions[i]: notes.setdefault(action, []).append(i)
-    return [{"action": a, "members": m} for a, m in sorted(notes.items(), key=lambda n: -len(n[1]))]
-
-
 def check_template(template: str) -> None:
     "Refuse a sentence that has no place for the label, before anything is embedded."
     try: fine = "{}" in template and bool(template.format("coat"))
@@ -540,12 +551,7 @@ def check_image_set(image_set: dict | list,  # as for `validate_image_embeddings
     image_set = as_image_set(image_set)
     seen = Measurements(len(images_of(image_set)))
     results = embed_entries(image_set, embedder, batch_size, progress, seen.keep, seen.see, tick)
-    found = results["embeddings"]
-    method, wrong = label_findings(found, embedder, template)
-    report = ValidationReport(results, {
-        "label_method": method, "wrong_labels": wrong, "duplicates": duplicate_groups(found, seen),
-        "outliers": outlier_findings(found), "warnings": quality_findings(found.indices, seen),
-        "notes": note_findings(found.indices, seen)}, embedder)
+    report = ValidationReport(results, all_findings(results["embeddings"], seen, embedder, template), embedder)
     report.hold(contract or ImageSetContract(), seen)
     return report
 
@@ -583,18 +589,6 @@ def to_json(self: ValidationReport, path: str | Path) -> Path:  # the path
     return write_report(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
 # %% ../nbs/07_validation.ipynb #408c5f09
-REMEDIES = {
-    "missing": "Check the path; the file is not there.", "permission": "Allow this user to read the file.",
-    "not-a-file": "Name a file; this is something else.", "outside-root": "Move the file into the allowed folder, or allow its folder.",
-    "empty": "Fetch the file again: it has no bytes.", "truncated": "Fetch the file again: its end is missing.",
-    "unknown-format": "Export it as JPEG, PNG or WebP: the content is no picture that can be read.",
-    "undecodable": "Export it again from the original: the data is damaged.", "too-many-pixels": "Scale it down, or raise max_pixels if it is trusted.",
-    "too-many-bytes": "Compress it, or raise max_bytes if it is trusted.", "duplicate-id": "Give each entry an id of its own.",
-    "label-type": "Write the label as a string.", "id-type": "Write the id as a string.", "path-type": "Write the path as a string.",
-    "no-source": "Give the entry a 'path' or an 'image'.", "two-sources": "Keep either 'path' or 'image'.",
-    "not-a-dict": "Write the entry as a dict with a 'path'.", "model": "Verify the model's files: devsky models verify.",
-    "memory": "Lower the batch size, or free memory."}
-
 def several(n: int, one: str, many: str = "") -> str:
     "A number with its noun."
     return f"{n:,} {one if n == 1 else many or one + 's'}"
@@ -632,6 +626,29 @@ def card(self: ValidationReport, index: int, pictures: dict[int, str]) -> dict: 
     return {"index": index, "id": name, "label": label, "name": shown(Path(path).name, 60) if isinstance(path, (str, os.PathLike)) else "",
             "alt": f"{name}, labelled {label}" if label else name, "src": pictures.get(index, "")}
 
+# %% ../nbs/07_validation.ipynb #8bea44a0
+REMEDIES = {
+    "missing": "Check the path; the file is not there.", "permission": "Allow this user to read the file.",
+    "not-a-file": "Name a file; this is something else.", "outside-root": "Move the file into the allowed folder, or allow its folder.",
+    "empty": "Fetch the file again: it has no bytes.", "truncated": "Fetch the file again: its end is missing.",
+    "unknown-format": "Export it as JPEG, PNG or WebP: the content is no picture that can be read.",
+    "undecodable": "Export it again from the original: the data is damaged.", "too-many-pixels": "Scale it down, or raise max_pixels if it is trusted.",
+    "too-many-bytes": "Compress it, or raise max_bytes if it is trusted.", "duplicate-id": "Give each entry an id of its own.",
+    "label-type": "Write the label as a string.", "id-type": "Write the id as a string.", "path-type": "Write the path as a string.",
+    "no-source": "Give the entry a 'path' or an 'image'.", "two-sources": "Keep either 'path' or 'image'.",
+    "not-a-dict": "Write the entry as a dict with a 'path'.", "model": "Verify the model's files: devsky models verify.",
+    "memory": "Lower the batch size, or free memory."}
+
+def failure_text(error: dict) -> str:
+    "The message of a failure without the path that stands beside it."
+    return shown(error["error"].removeprefix(f"{error['path']!r}: "), 240)
+
+
+def title_of(metadata: object) -> str:
+    "What a set is called, if its metadata says so."
+    names = [metadata.get(k) for k in ("dataset_name", "dataset", "name")] if isinstance(metadata, dict) else []
+    return next((shown(n) for n in names if isinstance(n, str) and n.strip()), "Image set")
+
 # %% ../nbs/07_validation.ipynb #eb25f04b
 @patch
 def _page(self: ValidationReport, most: int = 60) -> dict:  # what the template shows; at most so many of each kind
@@ -645,21 +662,10 @@ def _page(self: ValidationReport, most: int = 60) -> dict:  # what the template 
                 "why": failure_text(e), "remedy": REMEDIES.get(e.get("reason"), "Look at the message.")} for e in r["errors"][:200]]
     notes = [(shown(n["action"], 160), len(n["members"]), ", ".join(map(self._name, n["members"][:4]))) for n in f["notes"][:20]]
     gallery = [self.card(i, pictures) for i in np.flatnonzero(self.codes == 0)[:48].tolist()]
-    return {"report": self, "several": several, "verdict": self.verdict, "counts": self.counts, "total": len(self.images), "clauses": self.clauses, "failures": failures,
-            "wrong": wrong, "groups": groups, "odd": odd, "notes": notes, "gallery": gallery,
+    return {"report": self, "several": several, "verdict": self.verdict, "counts": self.counts, "total": len(self.images),
+            "clauses": self.clauses, "failures": failures, "wrong": wrong, "groups": groups, "odd": odd, "notes": notes, "gallery": gallery,
             "method": shown(f["label_method"], 160), "model": shown(self.model), "n_odd": len(f["warnings"]) + len(f["outliers"]),
             "title": title_of(r["metadata"])}
-
-
-def title_of(metadata: object) -> str:
-    "What a set is called, if its metadata says so."
-    names = [metadata.get(k) for k in ("dataset_name", "dataset", "name")] if isinstance(metadata, dict) else []
-    return next((shown(n) for n in names if isinstance(n, str) and n.strip()), "Image set")
-
-# %% ../nbs/07_validation.ipynb #8bea44a0
-def failure_text(error: dict) -> str:
-    "The message of a failure without the path that stands beside it."
-    return shown(error["error"].removeprefix(f"{error['path']!r}: "), 240)
 
 
 @patch
@@ -693,11 +699,12 @@ def _rows(self: ValidationReport) -> Iterator[tuple[str, str, str]]:  # kind, id
         yield "label", self._name(w["index"]), f"{shown(w['label'], 40)} looks like {shown(w['suggested'], 40)} ({w['probability']:.0%})"
     for g in self.findings["duplicates"]:
         others = [self._name(m) for m in g["members"] if m != g["representative"]]
-        yield f"{g['kind']} copy", self._name(g["representative"]), f"repeated by {', '.join(others[:5])}" + (f" and {len(others) - 5:,} more" if len(others) > 5 else "")
+        more = f" and {len(others) - 5:,} more" if len(others) > 5 else ""
+        yield f"{g['kind']} copy", self._name(g["representative"]), f"repeated by {', '.join(others[:5])}{more}"
     for o in self.findings["outliers"]: yield "outlier", self._name(o["index"]), f"unlike {shown(o['compared_with'], 40)} ({o['score']})"
     for w in self.findings["warnings"]: yield "warning", self._name(w["index"]), f"{w['warning']}: {w['limit']}"
 
-
+# %% ../nbs/07_validation.ipynb #14cd78a7
 @patch
 def print(self: ValidationReport,
           console: "rich.console.Console | None" = None,  # None: standard output
