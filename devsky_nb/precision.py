@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['NEIGHBOURS', 'MIN_COSINE', 'MIN_RECALL', 'LEVELS', 'FUSED', 'GELU_FLOOR', 'ACTIVATIONS', 'FOUR', 'PROBE_ROUNDS',
            'TOO_SLOW', 'ROUTES', 'MIN_PICTURES', 'MAX_PICTURES', 'ROUNDS', 'TIMED', 'MIN_GAIN', 'LONG_JOB', 'SMALL_JOB',
-           'neighbour_recall', 'unfaithful', 'quantize_weight', 'Graph', 'quantize_rows', 'product', 'session',
+           'neighbour_recall', 'unfaithful', 'quantize_weight', 'Graph', 'session', 'quantize_rows', 'product',
            'patch_tokens', 'norm', 'class_token', 'attention', 'perceptron', 'tower_session', 'int8_runner',
-           'torch_runner', 'vision_copy', 'quantize_tower', 'slower_product', 'missing', 'no_compiler',
+           'vision_copy', 'quantize_tower', 'torch_runner', 'slower_product', 'missing', 'no_compiler',
            'slow_int8_onnxruntime', 'slow_int8_torch', 'slow_half', 'Route', 'Trial', 'Receipt', 'plain',
            'reference_vectors', 'try_candidate', 'measure_speeds', 'choose', 'try_all', 'make_receipt', 'adopt']
 
@@ -90,6 +90,23 @@ class Graph:
         self.nodes.append(helper.make_node(kind, inputs, [f"t{len(self.nodes)}"], domain="com.microsoft" * (kind in FUSED), **attributes))
         return self.nodes[-1].output[0]
 
+# %% ../nbs/06b_precision.ipynb #3097cd36
+def session(g: Graph,
+            output: str,  # name
+            shape: list[int | str],  # of the input `x`, float32
+            threads: int = 1,
+            ) -> "onnxruntime.InferenceSession":
+    "The graph, ready to run on the processor."
+    import onnxruntime as ort
+    from onnx import TensorProto, helper
+    value = lambda name, dims: helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
+    graph = helper.make_graph(g.nodes, "tower", [value("x", shape)], [value(output, None)], g.constants)
+    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
+    ort.disable_telemetry_events()
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
 # %% ../nbs/06b_precision.ipynb #23bcfbd5
 GELU_FLOOR = -.17
 
@@ -123,23 +140,6 @@ def product(g: Graph,
     y = g.op("MatMulIntegerToFloat", x, g.const(w), g.const(np.float32(1)), g.const(channel), zero(128 if floor is None else 0), *[zero(128)][:unsigned])
     y = g.op("Mul", y, scale)
     return g.op("Add", y, g.const((layer.bias.detach().cpu().numpy() + shift).astype(np.float32))) if bias else y
-
-# %% ../nbs/06b_precision.ipynb #3097cd36
-def session(g: Graph,
-            output: str,  # name
-            shape: list[int | str],  # of the input `x`, float32
-            threads: int = 1,
-            ) -> "onnxruntime.InferenceSession":
-    "The graph, ready to run on the processor."
-    import onnxruntime as ort
-    from onnx import TensorProto, helper
-    value = lambda name, dims: helper.make_tensor_value_info(name, TensorProto.FLOAT, dims)
-    graph = helper.make_graph(g.nodes, "tower", [value("x", shape)], [value(output, None)], g.constants)
-    model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
-    ort.disable_telemetry_events()
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads, options.log_severity_level = threads, 1, 3
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 # %% ../nbs/06b_precision.ipynb #55ce5152
 def patch_tokens(g: Graph,
@@ -232,6 +232,21 @@ def int8_runner(embedder: CLIPImageEmbedder,
         with np.errstate(invalid="ignore", divide="ignore"): return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return run
 
+# %% ../nbs/06b_precision.ipynb #6328dcfc
+def vision_copy(model: "CLIPModel | CLIPVisionModelWithProjection",
+                dtype: "torch.dtype",
+                ) -> "torch.nn.Module":  # with `vision_model` and `visual_projection`
+    "What `clip_vectors` needs of a model, copied."
+    import torch
+    tower = torch.nn.Module()
+    tower.vision_model, tower.visual_projection = deepcopy(model.vision_model), deepcopy(model.visual_projection)
+    return tower.to(dtype).eval()
+
+def quantize_tower(tower: "torch.nn.Module") -> None:
+    "Eight bits for the linear layers: a scale for each token and each output channel."
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    quantize_(tower.vision_model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
+
 # %% ../nbs/06b_precision.ipynb #6d4ae7d2
 def torch_runner(embedder: CLIPImageEmbedder,
                  dtype: str = "float32",
@@ -254,21 +269,6 @@ def torch_runner(embedder: CLIPImageEmbedder,
     size = embedder.preprocess.crop
     run(np.zeros((1, 3, size, size), np.float32))
     return run
-
-# %% ../nbs/06b_precision.ipynb #6328dcfc
-def vision_copy(model: "CLIPModel | CLIPVisionModelWithProjection",
-                dtype: "torch.dtype",
-                ) -> "torch.nn.Module":  # with `vision_model` and `visual_projection`
-    "What `clip_vectors` needs of a model, copied."
-    import torch
-    tower = torch.nn.Module()
-    tower.vision_model, tower.visual_projection = deepcopy(model.vision_model), deepcopy(model.visual_projection)
-    return tower.to(dtype).eval()
-
-def quantize_tower(tower: "torch.nn.Module") -> None:
-    "Eight bits for the linear layers: a scale for each token and each output channel."
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
-    quantize_(tower.vision_model, Int8DynamicActivationInt8WeightConfig(set_inductor_config=False))
 
 # %% ../nbs/06b_precision.ipynb #acf0ed08
 PROBE_ROUNDS, TOO_SLOW = 5, 1.5  # a product that is only a little slower may yet pay; the trial will tell
@@ -336,6 +336,7 @@ class Route:
         if device.partition(":")[0] not in self.devices: return f"for {' and '.join(self.devices)}, not for {device}"
         return missing(*self.needs) or (no_compiler(device) if self.compiled else None)
 
+# %% ../nbs/06b_precision.ipynb #c7752c1a
 ROUTES = {
     "fp32": Route(lambda embedder: None),
     "int8-torchao": Route(partial(torch_runner, compiled=True, quantized=True), slow_int8_torch, ("torchao",), True, ("cpu",)),
@@ -529,7 +530,8 @@ def make_receipt(embedder: CLIPImageEmbedder,
     if embedder.precision != "auto":
         raise ValidationError(f"precision={embedder.precision!r} was asked for, so there is nothing to choose: use precision='auto'")
     if not isinstance(sample, (list, tuple)): raise ValidationError(f"sample must be a list of pictures, not {type(sample).__name__}")
-    if images is not None and (type(images) is not int or images < 1): raise ValidationError(f"images must be a whole number of at least 1, or None, not {images!r}")
+    if images is not None and (type(images) is not int or images < 1):
+        raise ValidationError(f"images must be a whole number of at least 1, or None, not {images!r}")
     start, exact = time.perf_counter(), plain(embedder)
     def receipt(trial, reason, pictures=0, trials=()):
         return Receipt(trial.route, trial.least, reason, exact.fingerprint, embedder.device, pictures, images, time.perf_counter() - start, tuple(trials))
@@ -556,6 +558,7 @@ def adopt(embedder: CLIPImageEmbedder, receipt: Receipt) -> None:
                                  details={"route": receipt.route, "reason": why})
     try: run = ROUTES[receipt.route].build(exact)
     except DevSkyyError: raise
-    except Exception as e: raise ModelLoadError(f"the receipt chose {receipt.name}, which failed here: {e}. Or use precision='fp32' and a new output", original_error=e)
+    except Exception as e:
+        raise ModelLoadError(f"the receipt chose {receipt.name}, which failed here: {e}. Or use precision='fp32' and a new output", original_error=e)
     embedder.receipt, embedder.least, embedder._run = receipt, receipt.least, run
     release_memory()
