@@ -6,8 +6,8 @@
 __all__ = ['FORMAT', 'DTYPES', 'SHARD', 'SLICES', 'SUCCESS', 'ENGINES', 'columns', 'embedding_schema', 'batch_shape', 'run_model',
            'Prepared', 'error_text', 'prepare', 'slice_table', 'prepare_all', 'embed_slice', 'settle', 'writing',
            'sync_folder', 'write_file', 'write_shard', 'VectorPool', 'Plan', 'choose_precision', 'shard_name',
-           'existing_shards', 'owned', 'damaged', 'settings', 'shard_settings', 'Found', 'check_kind', 'look',
-           'take_over', 'open_pool', 'remove', 'stage', 'commit', 'roll_forward', 'EmbedReport', 'local_tables',
+           'existing_shards', 'owned', 'settings', 'damaged', 'shard_settings', 'check_kind', 'Found', 'look',
+           'take_over', 'remove', 'open_pool', 'stage', 'commit', 'roll_forward', 'EmbedReport', 'local_tables',
            'engine_tables', 'make_shards', 'check_not_empty', 'check_source', 'embed_images']
 
 # %% ../nbs/08_bulk.ipynb #c04fe44e
@@ -42,8 +42,8 @@ def embedding_schema(embedder: CLIPImageEmbedder,
                      dtype: str = "float32",  # of the vectors: one of `DTYPES`
                      ) -> "pyarrow.Schema":  # what the vectors depend on stands in its metadata
     "The columns for one embedder."
-    receipt = embedder.receipt
-    metadata = {"format": FORMAT, "fingerprint": embedder.fingerprint, "model": embedder.model_name} | ({"receipt": json.dumps(receipt.to_dict(), sort_keys=True)} if receipt else {})
+    metadata = {"format": FORMAT, "fingerprint": embedder.fingerprint, "model": embedder.model_name}
+    if embedder.receipt: metadata["receipt"] = json.dumps(embedder.receipt.to_dict(), sort_keys=True)
     return columns(embedder.dim, dtype).with_metadata({f"devsky_nb.{k}": v for k, v in metadata.items()})
 
 # %% ../nbs/08_bulk.ipynb #4052d9af
@@ -78,6 +78,7 @@ def error_text(error: DevSkyyError) -> str:  # "reason: message"
     "An error as it stands in a row."
     return f"{error.details.get('reason', error.error_code)}: {error.message}"
 
+# %% ../nbs/08_bulk.ipynb #16c22244
 def prepare(item: Item,
             embedder: CLIPImageEmbedder,
             claim: Callable[[str], bool],  # whether this hash is ours to do
@@ -127,7 +128,9 @@ def prepare_all(part: Slice,
     def claim(digest: str) -> bool:
         with lock: return not (digest in claimed or claimed.add(digest))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1), "devsky-read") as threads:
-        def fill(): pending.extend(threads.submit(prepare, item, embedder, claim, find) for item in islice(items, max(0, max(ahead, shape - waiting()) - len(pending))))
+        def fill():
+            wanted = max(ahead, shape - waiting()) - len(pending)
+            pending.extend(threads.submit(prepare, item, embedder, claim, find) for item in islice(items, max(0, wanted)))
         try:
             fill()
             while pending:
@@ -184,8 +187,10 @@ def writing(path: Path) -> Iterator[None]:
     try: yield
     except (OSError, sqlite3.Error) as e:
         damaged = isinstance(e, sqlite3.DatabaseError) and not isinstance(e, sqlite3.OperationalError)
-        remedy = "It is damaged: delete it, and what it held is computed again" if damaged else "Make room or choose another folder, and call again: what was complete is complete still"
-        raise DevSkyyError(f"cannot write {path.name} to {str(path.parent)!r}: {getattr(e, 'strerror', None) or e}. {remedy}", details={"path": str(path)}, original_error=e)
+        remedy = ("It is damaged: delete it, and what it held is computed again" if damaged else
+                  "Make room or choose another folder, and call again: what was complete is complete still")
+        raise DevSkyyError(f"cannot write {path.name} to {str(path.parent)!r}: {getattr(e, 'strerror', None) or e}. {remedy}",
+                           details={"path": str(path)}, original_error=e)
 
 def sync_folder(folder: Path) -> None:
     "Make the names in a folder durable."
@@ -241,7 +246,8 @@ class VectorPool:
         rows = [(bytes.fromhex(h), json.dumps(actions), v.tobytes()) for h, (actions, v) in vectors.items()]
         with self.lock, writing(self.path), self.db:
             self.db.execute("BEGIN")
-            self.added += self.db.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", rows).rowcount
+            self.db.executemany("INSERT OR IGNORE INTO vectors VALUES (?, ?, ?)", rows)
+            self.added += len(rows)  # work that was done, even if the vector was there
 
     def close(self) -> None: self.db.close()
 
@@ -257,7 +263,8 @@ class Plan:
             path.unlink(missing_ok=True)
             self.db = sqlite3.connect(path, isolation_level=None)
             for line in ("PRAGMA journal_mode=OFF", "PRAGMA synchronous=OFF", "CREATE TABLE slices(number INTEGER PRIMARY KEY, data BLOB)",
-                         "CREATE TABLE ids(digest BLOB PRIMARY KEY) WITHOUT ROWID", "CREATE TABLE seen(digest BLOB PRIMARY KEY) WITHOUT ROWID"): self.db.execute(line)
+                         "CREATE TABLE ids(digest BLOB PRIMARY KEY) WITHOUT ROWID",
+                         "CREATE TABLE seen(digest BLOB PRIMARY KEY) WITHOUT ROWID"): self.db.execute(line)
 
     def first(self, digest: str) -> bool:
         "Whether this content is seen for the first time."
@@ -279,7 +286,8 @@ def append(self: Plan, part: Slice) -> None:
         for id in part.given_ids():
             digest = hashlib.blake2b(id.encode(), digest_size=16).digest()
             if not self.db.execute("INSERT OR IGNORE INTO ids VALUES (?)", (digest,)).rowcount:
-                raise ValidationError(f"the id {id!r} is given twice: give each input its own, as pairs (id, path) or by a column that is unique", details={"id": id, "slice": part.number})
+                raise ValidationError(f"the id {id!r} is given twice: give each input its own, as pairs (id, path) or by a column that is unique",
+                                      details={"id": id, "slice": part.number})
         self.db.execute("INSERT INTO slices VALUES (?, ?)", (part.number, zlib.compress(pickle.dumps(part), 1)))
     self.total, self.count = self.total + len(part), self.count + 1
 
@@ -330,9 +338,11 @@ def existing_shards(out: Path) -> list[Path]:  # in order
     names = sorted(p.name for p in out.iterdir() if p.name[0] not in "._") if out.is_dir() else []
     strange = [n for n in names if not SHARD.fullmatch(n)]
     if strange:
-        raise ValidationError(f"{str(out)!r} holds {strange[0]!r}, which is no part of a data set of ours: choose a folder that is empty or new", details={"out": str(out), "files": strange[:100]})
+        raise ValidationError(f"{str(out)!r} holds {strange[0]!r}, which is no part of a data set of ours: choose a folder that is empty or new",
+                              details={"out": str(out), "files": strange[:100]})
     return sorted((out / n for n in names), key=lambda p: int(SHARD.fullmatch(p.name)[1]))
 
+# %% ../nbs/08_bulk.ipynb #a8aaa988
 @contextmanager
 def owned(out: Path) -> Iterator[Path]:  # folder for what is unfinished
     "Be the only one that writes to `out`."
@@ -343,22 +353,26 @@ def owned(out: Path) -> Iterator[Path]:  # folder for what is unfinished
     with writing(state):
         state.mkdir(parents=True, exist_ok=True)
         try: lock.acquire(timeout=0)
-        except Timeout as e: raise DevSkyyError(f"another run is writing to {str(out)!r}: wait for its end, or choose another folder", details={"out": str(out)}, original_error=e)
+        except Timeout as e:
+            raise DevSkyyError(f"another run is writing to {str(out)!r}: wait for its end, or choose another folder", details={"out": str(out)}, original_error=e)
     try: yield state
     finally: lock.release()
 
 # %% ../nbs/08_bulk.ipynb #4198fa64
-def damaged(shard: Path, error: Exception) -> ValidationError:  # to be raised
-    "The error for a shard that cannot be read."
-    return ValidationError(f"{str(shard)!r} is damaged ({' '.join(str(error).split())}): delete it and call again; its images are then embedded anew", details={"path": str(shard)}, original_error=error)
-
 def settings(schema: "pyarrow.Schema") -> dict:  # fingerprint, dtype, receipt
     "What its vectors depend on."
     made = {k.decode().removeprefix("devsky_nb."): v.decode() for k, v in (schema.metadata or {}).items() if k.startswith(b"devsky_nb.")}
     if made.get("format") != FORMAT:
-        raise ValidationError(f"not written by this version of embed_images (format {made.get('format')}, expected {FORMAT}): choose another folder", details={"format": made.get("format")})
+        raise ValidationError(f"not written by this version of embed_images (format {made.get('format')}, expected {FORMAT}): choose another folder",
+                              details={"format": made.get("format")})
     dtype = {"float": "float32", "halffloat": "float16"}[str(schema.field("embedding").type.value_type)]
     return {"fingerprint": made["fingerprint"], "dtype": dtype, "receipt": json.loads(made.get("receipt", "null"))}
+
+# %% ../nbs/08_bulk.ipynb #036cf9de
+def damaged(shard: Path, error: Exception) -> ValidationError:  # to be raised
+    "The error for a shard that cannot be read."
+    return ValidationError(f"{str(shard)!r} is damaged ({' '.join(str(error).split())}): delete it and call again; its images are then embedded anew",
+                           details={"path": str(shard)}, original_error=error)
 
 def shard_settings(shard: Path) -> dict:
     "What the vectors of a shard depend on."
@@ -372,19 +386,21 @@ def shard_settings(shard: Path) -> dict:
     return made
 
 # %% ../nbs/08_bulk.ipynb #9496d291
+def check_kind(out: Path, old: dict, new: dict, who: str) -> None:
+    "Refuse vectors that must not come together."
+    a, b = (f"{s['fingerprint']} ({s['dtype']})" for s in (old, new))
+    if a == b: return
+    raise ValidationError(f"{str(out)!r} has vectors of {a}, and {who} {b}: vectors of two kinds cannot be compared. Use the embedder and the dtype of the first, "
+                          "or another folder, or resume=False, which replaces what is there when the new vectors are complete",
+                          details={"out": str(out), "fingerprints": [old["fingerprint"], new["fingerprint"]], "dtypes": [old["dtype"], new["dtype"]]})
+
+# %% ../nbs/08_bulk.ipynb #06031a86
 @dataclass(frozen=True)
 class Found:
     "What earlier runs left in a folder."
     shards: list[Path]
     rows: int
     made: dict | None  # settings of its vectors
-
-def check_kind(out: Path, old: dict, new: dict, who: str) -> None:
-    "Refuse vectors that must not come together."
-    a, b = (f"{s['fingerprint']} ({s['dtype']})" for s in (old, new))
-    if a == b: return
-    raise ValidationError(f"{str(out)!r} has vectors of {a}, and {who} {b}: vectors of two kinds cannot be compared. Use the embedder and the dtype of the first, or another folder, or resume=False, "
-                          "which replaces what is there when the new vectors are complete", details={"out": str(out), "fingerprints": [old["fingerprint"], new["fingerprint"]], "dtypes": [old["dtype"], new["dtype"]]})
 
 def look(out: Path, state: Path, resume: bool) -> Found:
     "What is there to go on from; nothing, if we do not want to."
@@ -410,6 +426,12 @@ def take_over(pool: VectorPool, shards: list[Path]) -> None:
         except (OSError, pa.ArrowException) as e: raise damaged(shard, e)
     pool.added = 0
 
+# %% ../nbs/08_bulk.ipynb #440dc948
+def remove(folder: Path, *names: str) -> None:
+    "Remove files that may be there."
+    for name in names:
+        with writing(folder / name): (folder / name).unlink(missing_ok=True)
+
 def open_pool(state: Path, found: Found, schema: "pyarrow.Schema", resume: bool) -> VectorPool:
     "The vectors that can be used again."
     import shutil
@@ -420,11 +442,6 @@ def open_pool(state: Path, found: Found, schema: "pyarrow.Schema", resume: bool)
         shutil.rmtree(state / SLICES, ignore_errors=True)
     write_file(state / "settings.json", lambda f: f.write(json.dumps(made).encode()))
     return VectorPool(state / "vectors.sqlite", made["dtype"])
-
-def remove(folder: Path, *names: str) -> None:
-    "Remove files that may be there."
-    for name in names:
-        with writing(folder / name): (folder / name).unlink(missing_ok=True)
 
 # %% ../nbs/08_bulk.ipynb #8f41441b
 SUCCESS = "_SUCCESS"
@@ -461,7 +478,7 @@ def roll_forward(out: Path, state: Path) -> None:
     remove(state, "vectors.sqlite", "vectors.sqlite-wal", "plan.sqlite", "settings.json", "commit.json")
 
 # %% ../nbs/08_bulk.ipynb #6e04a7e0
-@dataclass
+@dataclass(repr=False)
 class EmbedReport:
     "What `embed_images` did."
     out: str
@@ -470,7 +487,7 @@ class EmbedReport:
     embedded: int = 0
     duplicate: int = 0
     error: int = 0
-    reused: int = 0  # of the embedded, those whose vector was there already
+    reused: int = 0  # of the embedded, those whose vector was there already and was not computed again
     reasons: dict[str, int] = field(default_factory=dict)  # why images failed, and how often
     seconds: float = 0.
     receipt: dict | None = None  # how the precision was chosen, if it was
@@ -489,17 +506,19 @@ class EmbedReport:
         "The report as plain data."
         return {"total": self.total, **asdict(self), "images_per_second": self.images_per_second}
 
-    def __repr__(self) -> str:
-        why = ", ".join(f"{n} {reason}" for reason, n in sorted(self.reasons.items()))
-        return (f"{self.total} images: {self.embedded} embedded{f', {self.reused} of them before' if self.reused else ''}, {self.duplicate} duplicate{'s'[:self.duplicate != 1]}, "
-                f"{self.error} failed" + (f" ({why})" if why else ""))
-
 # %% ../nbs/08_bulk.ipynb #fd4f4c74
 @patch
 def count(self: EmbedReport, table: "pyarrow.Table") -> None:
     "Take the rows of a shard into the account."
     for status, n in Counter(table["status"].to_pylist()).items(): setattr(self, status, getattr(self, status) + n)
     self.reasons = dict(Counter(self.reasons) + Counter(e.split(":", 1)[0] for e in table["error"].drop_null().to_pylist()))
+
+@patch
+def __repr__(self: EmbedReport) -> str:
+    why = ", ".join(f"{n} {reason}" for reason, n in sorted(self.reasons.items()))
+    before = f", {self.reused} of them before" if self.reused else ""
+    return (f"{self.total} images: {self.embedded} embedded{before}, {self.duplicate} duplicate{'s'[:self.duplicate != 1]}, "
+            f"{self.error} failed" + (f" ({why})" if why else ""))
 
 # %% ../nbs/08_bulk.ipynb #852e973b
 ENGINES = ("local", "ray")
@@ -546,13 +565,15 @@ def make_shards(tables: Iterable["pyarrow.Table"],
 def check_not_empty(plan: Plan, found: Found, out: Path) -> None:
     "Refuse to replace everything by nothing."
     if found.rows and not plan.total:
-        raise ValidationError(f"the source is empty, and {str(out)!r} has {found.rows} rows: is a disk not mounted? resume=False replaces them all the same", details={"out": str(out), "rows": found.rows})
+        raise ValidationError(f"the source is empty, and {str(out)!r} has {found.rows} rows: is a disk not mounted? resume=False replaces them all the same",
+                              details={"out": str(out), "rows": found.rows})
 
 def check_source(source: Source, out: Path) -> None:
     "Refuse an output that would become part of its own source."
     folder = getattr(source, "path", None)
     if folder is not None and os.path.isdir(folder) and out.resolve().is_relative_to(Path(folder).resolve()):
-        raise ValidationError(f"{str(out)!r} is inside the source {str(folder)!r}: the next run would read its own output. Choose a folder outside", details={"out": str(out), "source": str(folder)})
+        raise ValidationError(f"{str(out)!r} is inside the source {str(folder)!r}: the next run would read its own output. Choose a folder outside",
+                              details={"out": str(out), "source": str(folder)})
 
 # %% ../nbs/08_bulk.ipynb #b0d80de9
 def embed_images(source: str | Path | Iterable[str | Path | tuple[str, str | Path]] | Source,  # folder, file, pattern, paths, pairs of id and path, or a source

@@ -302,6 +302,14 @@ def test_a_read_only_target(embedder, tmp_path, small_disk):
 
 # what is there already
 
+def test_a_vector_that_is_computed_again_is_not_called_reused(embedder, tmp_path, monkeypatch):
+    folder, out = pictures(tmp_path / "in", 9), tmp_path / "out"
+    embed_images(folder, out, embedder)
+    assert embed_images(folder, out, embedder).reused == 9
+    monkeypatch.setattr(bulk.VectorPool, "find", lambda self, digest: None)
+    assert embed_images(folder, out, embedder).reused == 0
+
+
 def test_damaged_and_foreign_files_are_named(embedder, tmp_path):
     folder, out = pictures(tmp_path / "in", 9), tmp_path / "out"
     embed_images(folder, out, embedder, shard_rows=4)
