@@ -211,6 +211,16 @@ def test_a_driver_lists_what_a_cluster_needs():
         with pytest.raises(ValidationError, match="cpus must be a whole number"): RayEngine(cpus=wrong)
 
 
+def test_a_small_plan_has_singulars_and_units_that_fit():
+    costs = dict(listing_seconds=2e-5, commit_seconds=7e-5, row_bytes=2200, table_bytes=65)
+    plan = scale_plan(100, .2, 4e5, 1, store=1e3, **costs)
+    assert repr(plan).splitlines()[:3] == ["100 images on 1 machine of 1 worker: 11.1 hours, limited by read",
+                                           "more than 1 machine does not help", "40.0 MB read, 220.0 kB in 1 file, 6.5 kB of tables"]
+    assert "list: 0.0 seconds" in repr(plan) and "20.0 seconds</td>" in plan._repr_html_()
+    assert scale_plan(10**9, .2, 4e5, 2, workers=2, **costs).lines()[0].startswith("1,000,000,000 images on 2 machines of 2 workers: ")
+    assert "1 images" not in repr(scale_plan(1, .2, 4e5, **costs)) and "400.0 kB read, 2.2 kB in 1 file, 65.0 B" in repr(scale_plan(1, .2, 4e5, **costs))
+
+
 def test_the_first_part_to_limit_a_job_is_found():
     costs = dict(listing_seconds=2e-5, commit_seconds=7e-5, row_bytes=2200, table_bytes=65)
     slow, fast = (scale_plan(10**8, s, 4e5, m, **costs) for s, m in ((.2, 10), (.001, 1000)))
