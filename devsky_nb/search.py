@@ -176,7 +176,7 @@ class Neighbours:
 
     def __repr__(self) -> str:
         lines = [f"{q}: " + ", ".join(f"{name} {s:.3f}" for name, s in zip(self.ids[q][:10], self.scores[q][:10])) for q in range(min(len(self), 10))]
-        return "\n".join([f"{self.rows.shape[1]:,} neighbours of {len(self):,} queries"] + lines + ["…"] * (len(self) > 10))
+        return "\n".join([f"{self.rows.shape[1]:,} neighbours of {len(self):,} quer{'y' if len(self) == 1 else 'ies'}"] + lines + ["…"] * (len(self) > 10))
 
     def _repr_html_(self) -> str:
         return gallery([(f"query {q}", list(zip(self.ids[q][:10], self.paths[q][:10], (f"{s:.3f}" for s in self.scores[q])))) for q in range(min(len(self), 10))])
@@ -565,7 +565,7 @@ class LookAlikes:
 
     def __repr__(self) -> str:
         lines = [f"  {', '.join(map(str, ids[:8]))}{' …' if len(ids) > 8 else ''}" for ids in self.ids[:10]]
-        return "\n".join([f"{len(self):,} groups with {sum(map(len, self.groups)):,} vectors, cosine at least {self.cosine}"] + lines + ["  …"] * (len(self) > 10))
+        return "\n".join([f"{len(self):,} group{'s'[:len(self) != 1]} with {sum(map(len, self.groups)):,} vectors, cosine at least {self.cosine}"] + lines + ["  …"] * (len(self) > 10))
 
     def _repr_html_(self) -> str:
         return escape(repr(self).split("\n")[0]) + gallery([(f"{len(ids):,}", [(i, p, "") for i, p in zip(ids[:8], paths[:8])])
