@@ -157,20 +157,13 @@ def _failed(self: CLIPImageEmbedder, item: Embedded, error: MLError) -> Embedded
 
 # %% ../nbs/06_clip.ipynb #0417e415
 @patch
-def embed_stream(self: CLIPImageEmbedder,
-                 items: Iterable,  # paths, bytes, PIL images or arrays; may be endless
-                 batch_size: int = 32,  # images per run of the model, at least 1
-                 *,
-                 on_image: "Callable[[int, Image.Image], None] | None" = None,  # sees each decoded image, in a worker thread
-                 hash_pixels: bool = False,  # fill in `Embedded.pixel_hash`
-                 ) -> Iterator[Embedded]:  # one for every input, in input order
-    "Embed a stream of images in bounded memory."
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValidationError(f"batch_size must be a whole number of at least 1, not {batch_size!r}", details={"batch_size": batch_size})
-    return self._stream(enumerate(items), batch_size, on_image, hash_pixels)
-
-@patch
-def _stream(self: CLIPImageEmbedder, source: Iterator[tuple], batch_size: int, on_image: Callable | None, hash_pixels: bool) -> Iterator[Embedded]:
+def _stream(self: CLIPImageEmbedder,
+            source: Iterator[tuple],  # pairs of index and input
+            batch_size: int,
+            on_image: Callable | None,
+            hash_pixels: bool,
+            ) -> Iterator[Embedded]:
+    "Prepare in threads, run the model in batches, keep the order."
     from concurrent.futures import ThreadPoolExecutor
     pending = deque()
     ahead = 0 if self.device == "cpu" else 2 * batch_size
@@ -186,6 +179,20 @@ def _stream(self: CLIPImageEmbedder, source: Iterator[tuple], batch_size: int, o
                 fill(batch_size)
         finally:
             for future in pending: future.cancel()
+
+# %% ../nbs/06_clip.ipynb #5703f224
+@patch
+def embed_stream(self: CLIPImageEmbedder,
+                 items: Iterable,  # paths, bytes, PIL images or arrays; may be endless
+                 batch_size: int = 32,  # images per run of the model, at least 1
+                 *,
+                 on_image: "Callable[[int, Image.Image], None] | None" = None,  # sees each decoded image, in a worker thread
+                 hash_pixels: bool = False,  # fill in `Embedded.pixel_hash`
+                 ) -> Iterator[Embedded]:  # one for every input, in input order
+    "Embed a stream of images in bounded memory."
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValidationError(f"batch_size must be a whole number of at least 1, not {batch_size!r}", details={"batch_size": batch_size})
+    return self._stream(enumerate(items), batch_size, on_image, hash_pixels)
 
 # %% ../nbs/06_clip.ipynb #bad57307
 @patch
