@@ -127,6 +127,7 @@ def tar_member(member: "tarfile.TarInfo", file: str, prefix: str) -> Item:
     if member.isreg() and not member.issparse(): return Item(id, file, (member.offset_data, member.size), shown=shown)
     return Item(id, problem=("not-a-file", "a link or another special member of a tar, which is not followed"), shown=shown)
 
+# %% ../nbs/07b_sources.ipynb #946319bd
 def tar_items(file: str,
               prefix: str,  # of the ids
               ) -> Iterator[Item]:
@@ -208,7 +209,8 @@ def image_column(schema: "pyarrow.Schema",
     if column is None and len(fitting) == 1: return fitting[0]
     if column in schema.names and (is_image(schema.field(column).type) or is_text(schema.field(column).type)): return column
     what = "no column is clearly the images'" if column is None else f"no column {column!r} of bytes, of struct<bytes, path> or of paths"
-    raise ValidationError(f"{file!r}: {what}. Its columns: {described}. Name one with ParquetImages(path, column=…)", details={"path": file, "columns": schema.names, "column": column})
+    raise ValidationError(f"{file!r}: {what}. Its columns: {described}. Name one with ParquetImages(path, column=…)",
+                          details={"path": file, "columns": schema.names, "column": column})
 
 # %% ../nbs/07b_sources.ipynb #38d5b1ed
 @dataclass(frozen=True)
@@ -264,7 +266,8 @@ def items(self: Rows) -> Iterator[Item]:
             yield self.item(number, row[self.column], None if id is None else str(id))
             number += 1
     except (OSError, pa.ArrowException) as e: problem = str(e)
-    for n in range(number, self.stop): yield Item(f"{self.prefix}/{n}", problem=("broken-parquet", f"this row cannot be read: {problem}"), shown=f"{printable(self.file)}/{n}")
+    for n in range(number, self.stop):
+        yield Item(f"{self.prefix}/{n}", problem=("broken-parquet", f"this row cannot be read: {problem}"), shown=f"{printable(self.file)}/{n}")
 
 # %% ../nbs/07b_sources.ipynb #0daff1e5
 @dataclass(frozen=True)
@@ -285,7 +288,8 @@ class ParquetImages:
                 continue
             column = image_column(schema, file, self.column)
             if self.id_column not in (None, *schema.names):
-                raise ValidationError(f"{file!r} has no column {self.id_column!r} for the ids. Its columns: {', '.join(schema.names)}", details={"path": file, "columns": schema.names})
+                raise ValidationError(f"{file!r} has no column {self.id_column!r} for the ids. Its columns: {', '.join(schema.names)}",
+                                      details={"path": file, "columns": schema.names})
             yield Rows(file, name, 0, rows, column, self.id_column)
 
 # %% ../nbs/07b_sources.ipynb #7ddaee62
@@ -298,8 +302,9 @@ def folder_source(folder: str | Path) -> Source:
         folders[:] = sorted(f for f in folders if f[0] != ".")
         kinds = {KINDS[s] for f in files if f[0] != "." and (s := os.path.splitext(f)[1].lower()) in KINDS}
         if len(kinds) == 1: return kinds.pop()(folder)
-        if kinds: raise ValidationError(f"{parent!r} holds files for {', '.join(sorted(k.__name__ for k in kinds))}: say which you mean with ImageFolder, ParquetImages or TarShards, or with a pattern such as '*.jpg'",
-                                        details={"folder": parent, "kinds": sorted(k.__name__ for k in kinds)})
+        names = sorted(k.__name__ for k in kinds)
+        if kinds: raise ValidationError(f"{parent!r} holds files for {', '.join(names)}: say which you mean with ImageFolder, ParquetImages or TarShards, "
+                                        "or with a pattern such as '*.jpg'", details={"folder": parent, "kinds": names})
     return ImageFolder(folder)
 
 def file_source(path: str | Path) -> Source:  # path or pattern
@@ -319,9 +324,11 @@ def open_source(source: "str | Path | Iterable | Source",
     if isinstance(source, (str, os.PathLike)): source = folder_source(source) if os.path.isdir(source) else file_source(source)
     elif not isinstance(source, Source):
         if isinstance(source, (bytes, dict)) or not isinstance(source, Iterable):
-            raise ValidationError(f"{source!r:.80} is no source: expected a folder, a file, a pattern, an iterable of paths, or a source such as TarShards", details={"type": type(source).__name__})
+            raise ValidationError(f"{source!r:.80} is no source: expected a folder, a file, a pattern, an iterable of paths, or a source such as TarShards",
+                                  details={"type": type(source).__name__})
         source = ImageList(source)
-    if (column or id_column) and not isinstance(source, ParquetImages): raise ValidationError(f"column and id_column are for Parquet files, not for {type(source).__name__}")
+    if (column or id_column) and not isinstance(source, ParquetImages):
+        raise ValidationError(f"column and id_column are for Parquet files, not for {type(source).__name__}")
     return replace(source, column=column or source.column, id_column=id_column or source.id_column) if column or id_column else source
 
 # %% ../nbs/07b_sources.ipynb #7692c10d
