@@ -565,7 +565,8 @@ class LookAlikes:
 
     def __repr__(self) -> str:
         lines = [f"  {', '.join(map(str, ids[:8]))}{' …' if len(ids) > 8 else ''}" for ids in self.ids[:10]]
-        return "\n".join([f"{len(self):,} group{'s'[:len(self) != 1]} with {sum(map(len, self.groups)):,} vectors, cosine at least {self.cosine}"] + lines + ["  …"] * (len(self) > 10))
+        title = f"{len(self):,} group{'s'[:len(self) != 1]} with {sum(map(len, self.groups)):,} vectors, cosine at least {self.cosine}"
+        return "\n".join([title] + lines + ["  …"] * (len(self) > 10))
 
     def _repr_html_(self) -> str:
         return escape(repr(self).split("\n")[0]) + gallery([(f"{len(ids):,}", [(i, p, "") for i, p in zip(ids[:8], paths[:8])])
