@@ -205,6 +205,12 @@ def test_the_catalogue_is_reported_as_planted(tiny, catalogue):
     assert noted == {"cmyk", "rotated", "transparent"}
 
 
+def test_the_odd_one_out_is_in_the_report(tiny):
+    pictures = [*(picture(seed) for seed in range(14)), picture(3, kind="boot", colour="blue")]
+    report = check_image_set({"images": [{"image": p} for p in pictures]}, tiny)
+    assert [f["index"] for f in report.findings["outliers"]] == [14] and report.to_dict()["findings"]["outliers"][0]["id"] == "image_14"
+
+
 class Page(HTMLParser):
     "What a browser would load or run."
     def __init__(self): super().__init__(); self.tags, self.sources, self.handlers, self.alts = [], [], [], []
