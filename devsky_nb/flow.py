@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ABSENT', 'Binding', 'ASSUMED', 'Value', 'Compound', 'Name', 'Constant', 'Choice', 'Sequence', 'Mapping', 'Attribute',
            'Item', 'Operation', 'Call', 'Function', 'Parameter', 'Class', 'Instance', 'key_of', 'join', 'alternatives',
-           'path', 'paths', 'constant', 'attribute', 'item', 'spread', 'substitute', 'rebuild', 'operation', 'Scope',
-           'Event', 'Walker', 'method_name', 'bind', 'circumstances', 'assigned_in', 'follow']
+           'path', 'paths', 'constant', 'argument', 'attribute', 'item', 'operation', 'spread', 'substitute', 'rebuild',
+           'Scope', 'Event', 'alias', 'Walker', 'method_name', 'bind', 'circumstances', 'assigned_in', 'follow']
 
 # %% ../nbs/12c_flow.ipynb #c1278192
 import ast, builtins
@@ -113,6 +113,25 @@ class Class(Value):
 class Instance(Value):
     cls: Class
 
+# %% ../nbs/12c_flow.ipynb #243ece52
+@patch
+def __str__(self: Value) -> str:
+    match self:
+        case Name(path): return path
+        case Constant(value): return repr(value)
+        case Choice(options): return " or ".join(map(str, options))
+        case Sequence(items): return f"[{', '.join(map(str, items))}]"
+        case Mapping(items): return f"{{{', '.join(f'{k}: {v}' for k, v in items.items())}}}"
+        case Attribute(base, name): return f"{base}.{name}"
+        case Item(base, index): return f"{base}[{index}]"
+        case Operation(name, operands): return f"{name}({', '.join(map(str, operands))})"
+        case Call(function, args, keywords, rest):
+            given = [*map(str, args), *(f"{k}={v}" for k, v in keywords.items()), *("…" for _ in rest)]
+            return f"{function}({', '.join(given)})"
+        case Parameter(_, name): return name
+        case Function(node): return node.name
+    return "?"
+
 # %% ../nbs/12c_flow.ipynb #05c437db
 def key_of(value: Value) -> object:
     "What makes two values the same."
@@ -162,6 +181,12 @@ def constant(value: Value | None,
     "The constant that a value certainly is."
     return value.value if isinstance(value, Constant) else default
 
+# %% ../nbs/12c_flow.ipynb #37576508
+def argument(call: Call, name: str, position: int | None = None) -> Value | None:
+    "An argument of a call, however it is given."
+    if name in call.keywords: return call.keywords[name]
+    return call.args[position] if position is not None and position < len(call.args) else None
+
 # %% ../nbs/12c_flow.ipynb #0620654b
 def attribute(base: Value, name: str) -> Value:
     "What `base.name` is."
@@ -182,8 +207,13 @@ def item(base: Value, index: Value) -> Value:
         case Choice(options), _: return join(item(o, index) for o in options)
     return Item(base, index)
 
-# %% ../nbs/12c_flow.ipynb #5e5795c9
-Binding = dict[Parameter, Value]
+# %% ../nbs/12c_flow.ipynb #08eebb38
+def operation(name: str, operands: tuple[Value, ...]) -> Value:
+    "What an operator makes of its operands."
+    match name, operands:
+        case "Not", (Constant(c),): return Constant(not c)
+        case "BitOr", (Mapping(a), Mapping(b)): return Mapping(a | b)
+    return Operation(name, operands)
 
 def spread(rest: Iterable[Value]) -> tuple[dict[str, Value], tuple[Value, ...]]:  # keywords, what stays unknown
     "Take the arguments behind `**` apart."
@@ -192,6 +222,9 @@ def spread(rest: Iterable[Value]) -> tuple[dict[str, Value], tuple[Value, ...]]:
         if isinstance(value, Mapping): keywords |= value.items
         else: unknown.append(value)
     return keywords, tuple(unknown)
+
+# %% ../nbs/12c_flow.ipynb #5e5795c9
+Binding = dict[Parameter, Value]
 
 def substitute(value: Value, binding: Binding, memo: dict | None = None, depth: int = 0) -> Value:
     "The value, with arguments for parameters."
@@ -216,13 +249,6 @@ def rebuild(value: Value, new: list[Value]) -> Value:  # the same one, if nothin
     more, rest = spread(new[end:])
     return Call(function, tuple(args), dict(zip(value.keywords, new[1 + len(value.args):end])) | more, rest, value.node)
 
-def operation(name: str, operands: tuple[Value, ...]) -> Value:
-    "What an operator makes of its operands."
-    match name, operands:
-        case "Not", (Constant(c),): return Constant(not c)
-        case "BitOr", (Mapping(a), Mapping(b)): return Mapping(a | b)
-    return Operation(name, operands)
-
 # %% ../nbs/12c_flow.ipynb #20363934
 @dataclass(eq=False)
 class Scope:
@@ -239,17 +265,21 @@ class Scope:
             scope = scope.parent
         return None
 
-    def set(self, name: str, value: Value) -> None:
-        "Assign to a name, and forget what was known of the attributes of the old value."
-        scope = self
-        while name in scope.outer and scope.parent is not None: scope = scope.parent
-        for stale in [n for n in scope.names if n.startswith(f"{name}.")]: del scope.names[stale]
-        scope.names[name] = value
+# %% ../nbs/12c_flow.ipynb #6cadf1dc
+@patch
+def set(self: Scope, name: str, value: Value) -> None:
+    "Assign to a name, and forget what was known of the attributes of the old value."
+    scope = self
+    while name in scope.outer and scope.parent is not None: scope = scope.parent
+    for stale in [n for n in scope.names if n.startswith(f"{name}.")]: del scope.names[stale]
+    scope.names[name] = value
 
-    def meet(self, *states: dict[str, Value]) -> None:
-        "Go on from where branches meet."
-        names = dict.fromkeys(n for s in states for n in s)
-        self.names = {n: join(s[n] for s in states if n in s) for n in names}
+# %% ../nbs/12c_flow.ipynb #8d26f828
+@patch
+def meet(self: Scope, *states: dict[str, Value]) -> None:
+    "Go on from where branches meet."
+    names = dict.fromkeys(n for s in states for n in s)
+    self.names = {n: join(s[n] for s in states if n in s) for n in names}
 
 # %% ../nbs/12c_flow.ipynb #f52ef1de
 @dataclass(eq=False)
@@ -265,6 +295,16 @@ class Event:
     function: Function | None  # in which it happens
     scope: Scope
     inside: "tuple[Event, ...]" = ()  # of an exception handler: what its `try` does
+
+# %% ../nbs/12c_flow.ipynb #21c16fdb
+def alias(event: Event, module: str) -> str | None:  # None: it is not imported here
+    "The name by which a module is known at some place."
+    scope = event.scope
+    while scope is not None and module in event.loaded:
+        for name, value in scope.names.items():
+            if path(value) == module: return name
+        scope = scope.parent
+    return None
 
 # %% ../nbs/12c_flow.ipynb #a2b3bde5
 class Walker:
@@ -291,6 +331,8 @@ class Walker:
     def record(self, kind: str, node: ast.AST, value: Value, inside: tuple = ()) -> None: self.events.append(self.event(kind, node, value, inside))
 
 # %% ../nbs/12c_flow.ipynb #7d5dc240
+ASSUMED = ("torch", "os", "diffusers", "transformers")  # a fragment of a document may use these without importing them
+
 @cache
 def method_name(verb: str, node_type: type) -> str:
     "The method for a kind of node, such as look_call."
@@ -308,15 +350,13 @@ def look(self: Walker, node: ast.expr | None, scope: Scope) -> Value:
 @patch
 def look_constant(self: Walker, node: ast.Constant, scope: Scope) -> Value: return Constant(node.value)
 
-ASSUMED = ("torch", "os", "diffusers", "transformers")  # a fragment of a document may use these without importing them
-
 @patch
 def look_name(self: Walker, node: ast.Name, scope: Scope) -> Value:
     if (value := scope.find(node.id)) is not None: return value
     if hasattr(builtins, node.id) or node.id in ASSUMED: return Name(node.id)
     return Name(f"{self.star}.{node.id}") if self.star else Value()
 
-# %% ../nbs/12c_flow.ipynb #2e06df67
+# %% ../nbs/12c_flow.ipynb #abeefe35
 @patch
 def look_attribute(self: Walker, node: ast.Attribute, scope: Scope) -> Value:
     base = self.look(node.value, scope)
@@ -332,6 +372,7 @@ def look_subscript(self: Walker, node: ast.Subscript, scope: Scope) -> Value:
     if isinstance(value, Item): self.record("item", node, value)
     return value
 
+# %% ../nbs/12c_flow.ipynb #151e8f28
 @patch
 def look_ifexp(self: Walker, node: ast.IfExp, scope: Scope) -> Value:
     self.look(node.test, scope)
@@ -339,11 +380,6 @@ def look_ifexp(self: Walker, node: ast.IfExp, scope: Scope) -> Value:
 
 @patch
 def look_boolop(self: Walker, node: ast.BoolOp, scope: Scope) -> Value: return join([self.look(v, scope) for v in node.values])
-
-@patch
-def look_namedexpr(self: Walker, node: ast.NamedExpr, scope: Scope) -> Value:
-    self.assign(node.target, value := self.look(node.value, scope), scope)
-    return value
 
 # %% ../nbs/12c_flow.ipynb #2637955c
 @patch
@@ -372,7 +408,77 @@ def look_dict(self: Walker, node: ast.Dict, scope: Scope) -> Value:
         elif isinstance(name, str): items[name] = value
     return Mapping(items)
 
-# %% ../nbs/12c_flow.ipynb #5b62da20
+# %% ../nbs/12c_flow.ipynb #20fb3403
+@patch
+def run(self: Walker, body: list[ast.stmt], scope: Scope) -> bool:  # whether it goes on
+    "Walk through statements."
+    for node in body:
+        self.scope = scope
+        try: goes_on = getattr(self, method_name("do", type(node)), self.do_other)(node, scope)
+        except RecursionError:
+            self.record("too deep", node, Value())
+            continue
+        if goes_on is False: return False
+    return True
+
+@patch
+def do_other(self: Walker, node: ast.stmt, scope: Scope) -> bool:
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.expr): self.look(child, scope)
+    return not isinstance(node, ast.Raise | ast.Continue | ast.Break)
+
+@patch
+def do_return(self: Walker, node: ast.Return, scope: Scope) -> bool:
+    if self.stack and node.value is not None: self.stack[-1].results.append(self.look(node.value, scope))
+    return False
+
+# %% ../nbs/12c_flow.ipynb #6332c1fd
+@patch
+def set_variables(self: Walker, names: Iterable[object], node: ast.AST) -> None:
+    "Record that environment variables are set."
+    for name in names:
+        if isinstance(name, str): self.record("environment", node, Constant(name))
+
+@patch
+def assign(self: Walker, target: ast.expr, value: Value, scope: Scope) -> None:
+    "Give a value to what stands left of the equals sign."
+    match target:
+        case ast.Name(id=name): scope.set(name, value)
+        case ast.Starred(value=inner): self.assign(inner, Value(), scope)
+        case ast.Tuple(elts=elts) | ast.List(elts=elts):
+            for i, t in enumerate(elts): self.assign(t, item(value, Constant(i)), scope)
+        case ast.Attribute(value=base, attr=name):
+            self.look(base, scope)
+            if isinstance(base, ast.Name): scope.set(f"{base.id}.{name}", value)
+        case ast.Subscript(value=base, slice=index):
+            known, key = self.look(base, scope), constant(self.look(index, scope))
+            if path(known) == "os.environ": self.set_variables([key], target)
+            elif isinstance(known, Mapping) and isinstance(key, str) and isinstance(base, ast.Name): scope.set(base.id, Mapping(known.items | {key: value}))
+
+# %% ../nbs/12c_flow.ipynb #152520bd
+@patch
+def do_assign(self: Walker, node: ast.Assign, scope: Scope) -> None:
+    value = self.look(node.value, scope)
+    for target in node.targets: self.assign(target, value, scope)
+
+@patch
+def do_annassign(self: Walker, node: ast.AnnAssign, scope: Scope) -> None:
+    if node.value is not None: self.assign(node.target, self.look(node.value, scope), scope)
+
+@patch
+def do_augassign(self: Walker, node: ast.AugAssign, scope: Scope) -> None:
+    old, new = self.look(node.target, scope), self.look(node.value, scope)
+    if path(old) == "os.environ" and isinstance(new, Mapping): self.set_variables(new.items, node)
+    value = operation(type(node.op).__name__, (old, new))
+    if isinstance(value, Operation): self.record("operation", node, value)
+    self.assign(node.target, value, scope)
+
+# %% ../nbs/12c_flow.ipynb #912e875b
+@patch
+def look_namedexpr(self: Walker, node: ast.NamedExpr, scope: Scope) -> Value:
+    self.assign(node.target, value := self.look(node.value, scope), scope)
+    return value
+
 @patch
 def look_comprehension(self: Walker, node: ast.ListComp | ast.SetComp | ast.GeneratorExp | ast.DictComp, scope: Scope) -> Value:
     inner, loop = Scope(parent=scope), self.loop
@@ -392,6 +498,73 @@ def look_lambda(self: Walker, node: ast.Lambda, scope: Scope) -> Value:
     names = [a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg) if a is not None]
     self.look(node.body, Scope({n: Value() for n in names}, scope))
     return Value()
+
+# %% ../nbs/12c_flow.ipynb #dbcf8b14
+@patch
+def branches(self: Walker, bodies: list[list[ast.stmt]], scope: Scope) -> bool:
+    "Walk through blocks of which one runs."
+    before, after = scope.names, []
+    for body in bodies:
+        scope.names = dict(before)
+        if self.run(body, scope): after.append(scope.names)
+    scope.meet(*(after or [before]))
+    return bool(after)
+
+@patch
+def do_if(self: Walker, node: ast.If, scope: Scope) -> bool:
+    loaded, test = self.loaded, self.look(node.test, scope)
+    if path(test) == "typing.TYPE_CHECKING":
+        self.run(node.body, scope)
+        self.loaded = loaded
+        return self.run(node.orelse, scope)
+    return self.branches([node.body, node.orelse], scope)
+
+@patch
+def do_match(self: Walker, node: ast.Match, scope: Scope) -> bool:
+    self.look(node.subject, scope)
+    return self.branches([*(c.body for c in node.cases), []], scope)
+
+# %% ../nbs/12c_flow.ipynb #994eb987
+@patch
+def do_for(self: Walker, node: ast.For | ast.AsyncFor, scope: Scope) -> bool:
+    values = self.look(node.iter, scope)
+    self.assign(node.target, join(values.items) if isinstance(values, Sequence) else Item(values, Value()), scope)
+    loop, self.loop = self.loop, True
+    self.branches([node.body, []], scope)
+    self.loop = loop
+    return self.run(node.orelse, scope)
+
+@patch
+def do_while(self: Walker, node: ast.While, scope: Scope) -> bool:
+    loop, self.loop = self.loop, True
+    self.look(node.test, scope)
+    self.branches([node.body, []], scope)
+    self.loop = loop
+    return self.run(node.orelse, scope)
+
+Walker.do_asyncfor = Walker.do_for
+
+# %% ../nbs/12c_flow.ipynb #3281af27
+@patch
+def load(self: Walker, library: str, node: ast.AST) -> None:
+    "Note that a library is imported."
+    self.record("import", node, Name(library))
+    self.loaded = {library.partition(".")[0]: self.part.place(node.lineno, 0)[0]} | self.loaded
+
+@patch
+def do_import(self: Walker, node: ast.Import, scope: Scope) -> None:
+    for a in node.names:
+        self.load(a.name, node)
+        scope.set(a.asname or a.name.partition(".")[0], Name(a.name if a.asname else a.name.partition(".")[0]))
+
+@patch
+def do_importfrom(self: Walker, node: ast.ImportFrom, scope: Scope) -> None:
+    module = "." * node.level + (node.module or "")
+    for a in node.names:
+        self.record("import", node, Name(f"{module}.{a.name}"))
+        if a.name == "*": self.star = module
+        else: scope.set(a.asname or a.name, Name(f"{module}.{a.name}"))
+    if not node.level: self.load(module, node)
 
 # %% ../nbs/12c_flow.ipynb #c8530f0c
 @patch
@@ -431,13 +604,6 @@ def result(self: Walker, call: Call, node: ast.Call, scope: Scope) -> Value:
     self.update(function, call, node, scope)
     return call
 
-# %% ../nbs/12c_flow.ipynb #49458ad7
-@patch
-def set_variables(self: Walker, names: Iterable[object], node: ast.AST) -> None:
-    "Record that environment variables are set."
-    for name in names:
-        if isinstance(name, str): self.record("environment", node, Constant(name))
-
 @patch
 def update(self: Walker, function: Value, call: Call, node: ast.Call, scope: Scope) -> None:
     "Follow what a method writes into a dict or into the environment."
@@ -448,175 +614,7 @@ def update(self: Walker, function: Value, call: Call, node: ast.Call, scope: Sco
     elif isinstance(function, Attribute) and isinstance(function.base, Mapping) and function.name == "update" and isinstance(node.func.value, ast.Name):
         scope.set(node.func.value.id, Mapping(function.base.items | given))
 
-# %% ../nbs/12c_flow.ipynb #866d1f19
-def bind(function: Function, call: Call) -> Binding:
-    "The arguments of a call, by parameter."
-    spec, binding, given = function.node.args, {}, dict(call.keywords)
-    positional = [a.arg for a in (*spec.posonlyargs, *spec.args)]
-    static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.node.decorator_list)
-    values = dict(zip(positional[function.owner is not None and not static:], call.args))
-    for p in function.parameters.values():
-        value = values.get(p.name, given.pop(p.name, None))
-        if value is None and p.default is not None and not call.rest: value = p.default
-        if value is not None: binding[p] = value
-    if spec.kwarg: binding[function.parameters[spec.kwarg.arg]] = Mapping(given) if not call.rest else Value()
-    return binding
-
-@patch
-def enter(self: Walker, function: Function, call: Call) -> Value:
-    "Call a function of the program."
-    function.calls.append(self.event("call", call.node, call))
-    if function in self.stack or len(self.stack) > 12: return Value()
-    self.walk(function)
-    binding = bind(function, call)
-    known, memo = {p: v for p, v in binding.items() if type(v) is not Value}, {}
-    for e in function.events if known else ():
-        if not e.value.open or self.budget < 0 or (value := substitute(e.value, known, memo)) is e.value: continue
-        self.budget -= 1
-        self.events.append(self.event(e.kind, e.node, value, e.inside, e))
-    return substitute(join(function.results), binding)
-
-# %% ../nbs/12c_flow.ipynb #f6b7c25c
-@patch
-def walk(self: Walker, function: Function) -> None:
-    "Walk through the body of a function, once."
-    if function.events is not None: return
-    saved = self.events, self.loop, self.managers, self.part
-    self.events, self.loop, self.managers, self.part = [], False, function.managers, function.part
-    function.events = self.events
-    scope = Scope(dict(function.parameters), function.scope)
-    if function.owner is not None and function.node.args.args: scope.names[function.node.args.args[0].arg] = Instance(function.owner)
-    self.stack.append(function)
-    self.run(function.node.body, scope)
-    self.stack.pop()
-    self.found += self.events
-    self.events, self.loop, self.managers, self.part = saved
-    if function.owner is None or not function.node.args.args: return
-    me = function.node.args.args[0].arg + "."
-    for name in (n for n in scope.names if n.startswith(me)):
-        members = function.owner.members
-        members[name.removeprefix(me)] = join([*filter(None, [members.get(name.removeprefix(me))]), scope.names[name]])
-
-@patch
-def prepare(self: Walker, cls: Class, name: str) -> None:
-    "Walk the methods that assign an attribute, before it is asked for."
-    for method in cls.assigned.get(name, ()) if name not in cls.members else ():
-        if method not in self.stack: self.walk(method)
-
-# %% ../nbs/12c_flow.ipynb #8bda6cfb
-def circumstances(event: Event, depth: int = 0) -> list[tuple[bool, set[str]]]:  # in a loop, managers; for each way to get there
-    "Whether an event happens in a loop, and under which context managers."
-    own = event.loop, set(event.managers)
-    if event.function is None or not event.function.calls or depth > 6: return [own]
-    return [(own[0] or loop, own[1] | managers) for c in event.function.calls[:20] for loop, managers in circumstances(c, depth + 1)]
-
-# %% ../nbs/12c_flow.ipynb #20fb3403
-@patch
-def run(self: Walker, body: list[ast.stmt], scope: Scope) -> bool:  # whether it goes on
-    "Walk through statements."
-    for node in body:
-        self.scope = scope
-        try: goes_on = getattr(self, method_name("do", type(node)), self.do_other)(node, scope)
-        except RecursionError:
-            self.record("too deep", node, Value())
-            continue
-        if goes_on is False: return False
-    return True
-
-@patch
-def do_other(self: Walker, node: ast.stmt, scope: Scope) -> bool:
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.expr): self.look(child, scope)
-    return not isinstance(node, ast.Raise | ast.Continue | ast.Break)
-
-@patch
-def do_return(self: Walker, node: ast.Return, scope: Scope) -> bool:
-    if self.stack and node.value is not None: self.stack[-1].results.append(self.look(node.value, scope))
-    return False
-
-@patch
-def do_global(self: Walker, node: ast.Global | ast.Nonlocal, scope: Scope) -> None: scope.outer |= set(node.names)
-
-Walker.do_nonlocal = Walker.do_global
-
-# %% ../nbs/12c_flow.ipynb #6332c1fd
-@patch
-def assign(self: Walker, target: ast.expr, value: Value, scope: Scope) -> None:
-    "Give a value to what stands left of the equals sign."
-    match target:
-        case ast.Name(id=name): scope.set(name, value)
-        case ast.Starred(value=inner): self.assign(inner, Value(), scope)
-        case ast.Tuple(elts=elts) | ast.List(elts=elts):
-            for i, t in enumerate(elts): self.assign(t, item(value, Constant(i)), scope)
-        case ast.Attribute(value=base, attr=name):
-            self.look(base, scope)
-            if isinstance(base, ast.Name): scope.set(f"{base.id}.{name}", value)
-        case ast.Subscript(value=base, slice=index):
-            known, key = self.look(base, scope), constant(self.look(index, scope))
-            if path(known) == "os.environ": self.set_variables([key], target)
-            elif isinstance(known, Mapping) and isinstance(key, str) and isinstance(base, ast.Name): scope.set(base.id, Mapping(known.items | {key: value}))
-
-# %% ../nbs/12c_flow.ipynb #152520bd
-@patch
-def do_assign(self: Walker, node: ast.Assign, scope: Scope) -> None:
-    value = self.look(node.value, scope)
-    for target in node.targets: self.assign(target, value, scope)
-
-@patch
-def do_annassign(self: Walker, node: ast.AnnAssign, scope: Scope) -> None:
-    if node.value is not None: self.assign(node.target, self.look(node.value, scope), scope)
-
-@patch
-def do_augassign(self: Walker, node: ast.AugAssign, scope: Scope) -> None:
-    old, new = self.look(node.target, scope), self.look(node.value, scope)
-    if path(old) == "os.environ" and isinstance(new, Mapping): self.set_variables(new.items, node)
-    value = operation(type(node.op).__name__, (old, new))
-    if isinstance(value, Operation): self.record("operation", node, value)
-    self.assign(node.target, value, scope)
-
-# %% ../nbs/12c_flow.ipynb #dbcf8b14
-@patch
-def branches(self: Walker, bodies: list[list[ast.stmt]], scope: Scope) -> bool:
-    "Walk through blocks of which one runs."
-    before, after = scope.names, []
-    for body in bodies:
-        scope.names = dict(before)
-        if self.run(body, scope): after.append(scope.names)
-    scope.meet(*(after or [before]))
-    return bool(after)
-
-@patch
-def do_if(self: Walker, node: ast.If, scope: Scope) -> bool:
-    loaded, test = self.loaded, self.look(node.test, scope)
-    if path(test) == "typing.TYPE_CHECKING":
-        self.run(node.body, scope)
-        self.loaded = loaded
-        return self.run(node.orelse, scope)
-    return self.branches([node.body, node.orelse], scope)
-
-@patch
-def do_match(self: Walker, node: ast.Match, scope: Scope) -> bool:
-    self.look(node.subject, scope)
-    return self.branches([*(c.body for c in node.cases), []], scope)
-
-# %% ../nbs/12c_flow.ipynb #1ca2c890
-@patch
-def do_for(self: Walker, node: ast.For | ast.AsyncFor, scope: Scope) -> bool:
-    values = self.look(node.iter, scope)
-    self.assign(node.target, join(values.items) if isinstance(values, Sequence) else Item(values, Value()), scope)
-    loop, self.loop = self.loop, True
-    self.branches([node.body, []], scope)
-    self.loop = loop
-    return self.run(node.orelse, scope)
-
-@patch
-def do_while(self: Walker, node: ast.While, scope: Scope) -> bool:
-    loop, self.loop = self.loop, True
-    self.look(node.test, scope)
-    self.branches([node.body, []], scope)
-    self.loop = loop
-    return self.run(node.orelse, scope)
-
+# %% ../nbs/12c_flow.ipynb #39553f05
 @patch
 def do_with(self: Walker, node: ast.With | ast.AsyncWith, scope: Scope) -> bool:
     before = self.managers
@@ -628,7 +626,7 @@ def do_with(self: Walker, node: ast.With | ast.AsyncWith, scope: Scope) -> bool:
     self.managers = before
     return goes_on
 
-Walker.do_asyncfor, Walker.do_asyncwith = Walker.do_for, Walker.do_with
+Walker.do_asyncwith = Walker.do_with
 
 # %% ../nbs/12c_flow.ipynb #c540199a
 @patch
@@ -669,7 +667,69 @@ def do_functiondef(self: Walker, node: ast.FunctionDef | ast.AsyncFunctionDef, s
 
 Walker.do_asyncfunctiondef = Walker.do_functiondef
 
-# %% ../nbs/12c_flow.ipynb #c26fb508
+# %% ../nbs/12c_flow.ipynb #f6b7c25c
+@patch
+def walk(self: Walker, function: Function) -> None:
+    "Walk through the body of a function, once."
+    if function.events is not None: return
+    saved = self.events, self.loop, self.managers, self.part
+    self.events, self.loop, self.managers, self.part = [], False, function.managers, function.part
+    function.events = self.events
+    scope = Scope(dict(function.parameters), function.scope)
+    if function.owner is not None and function.node.args.args: scope.names[function.node.args.args[0].arg] = Instance(function.owner)
+    self.stack.append(function)
+    self.run(function.node.body, scope)
+    self.stack.pop()
+    self.found += self.events
+    self.events, self.loop, self.managers, self.part = saved
+    if function.owner is None or not function.node.args.args: return
+    me = function.node.args.args[0].arg + "."
+    for name in (n for n in scope.names if n.startswith(me)):
+        members = function.owner.members
+        members[name.removeprefix(me)] = join([*filter(None, [members.get(name.removeprefix(me))]), scope.names[name]])
+
+@patch
+def do_global(self: Walker, node: ast.Global | ast.Nonlocal, scope: Scope) -> None: scope.outer |= set(node.names)
+
+Walker.do_nonlocal = Walker.do_global
+
+# %% ../nbs/12c_flow.ipynb #866d1f19
+def bind(function: Function, call: Call) -> Binding:
+    "The arguments of a call, by parameter."
+    spec, binding, given = function.node.args, {}, dict(call.keywords)
+    positional = [a.arg for a in (*spec.posonlyargs, *spec.args)]
+    static = any(isinstance(d, ast.Name) and d.id == "staticmethod" for d in function.node.decorator_list)
+    values = dict(zip(positional[function.owner is not None and not static:], call.args))
+    for p in function.parameters.values():
+        value = values.get(p.name, given.pop(p.name, None))
+        if value is None and p.default is not None and not call.rest: value = p.default
+        if value is not None: binding[p] = value
+    if spec.kwarg: binding[function.parameters[spec.kwarg.arg]] = Mapping(given) if not call.rest else Value()
+    return binding
+
+# %% ../nbs/12c_flow.ipynb #ed516c01
+@patch
+def enter(self: Walker, function: Function, call: Call) -> Value:
+    "Call a function of the program."
+    function.calls.append(self.event("call", call.node, call))
+    if function in self.stack or len(self.stack) > 12: return Value()
+    self.walk(function)
+    binding = bind(function, call)
+    known, memo = {p: v for p, v in binding.items() if type(v) is not Value}, {}
+    for e in function.events if known else ():
+        if not e.value.open or self.budget < 0 or (value := substitute(e.value, known, memo)) is e.value: continue
+        self.budget -= 1
+        self.events.append(self.event(e.kind, e.node, value, e.inside, e))
+    return substitute(join(function.results), binding)
+
+# %% ../nbs/12c_flow.ipynb #8bda6cfb
+def circumstances(event: Event, depth: int = 0) -> list[tuple[bool, set[str]]]:  # in a loop, managers; for each way to get there
+    "Whether an event happens in a loop, and under which context managers."
+    own = event.loop, set(event.managers)
+    if event.function is None or not event.function.calls or depth > 6: return [own]
+    return [(own[0] or loop, own[1] | managers) for c in event.function.calls[:20] for loop, managers in circumstances(c, depth + 1)]
+
+# %% ../nbs/12c_flow.ipynb #37d6af83
 def assigned_in(body: list[ast.AST]) -> Iterator[str]:
     "The attributes that statements assign."
     for s in body:
@@ -678,6 +738,7 @@ def assigned_in(body: list[ast.AST]) -> Iterator[str]:
             if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store): yield n.attr
         for inner in ("body", "orelse", "finalbody", "handlers", "cases"): yield from assigned_in(getattr(s, inner, ()))
 
+# %% ../nbs/12c_flow.ipynb #e80b32a5
 @patch
 def do_classdef(self: Walker, node: ast.ClassDef, scope: Scope) -> None:
     cls, inner = Class(tuple(self.look(b, scope) for b in node.bases)), Scope(parent=scope)
@@ -690,27 +751,11 @@ def do_classdef(self: Walker, node: ast.ClassDef, scope: Scope) -> None:
     self.waiting.sort(key=lambda f: f.owner is cls and f.node.name != "__init__")
     scope.set(node.name, cls)
 
-# %% ../nbs/12c_flow.ipynb #3281af27
 @patch
-def load(self: Walker, library: str, node: ast.AST) -> None:
-    "Note that a library is imported."
-    self.record("import", node, Name(library))
-    self.loaded = {library.partition(".")[0]: self.part.place(node.lineno, 0)[0]} | self.loaded
-
-@patch
-def do_import(self: Walker, node: ast.Import, scope: Scope) -> None:
-    for a in node.names:
-        self.load(a.name, node)
-        scope.set(a.asname or a.name.partition(".")[0], Name(a.name if a.asname else a.name.partition(".")[0]))
-
-@patch
-def do_importfrom(self: Walker, node: ast.ImportFrom, scope: Scope) -> None:
-    module = "." * node.level + (node.module or "")
-    for a in node.names:
-        self.record("import", node, Name(f"{module}.{a.name}"))
-        if a.name == "*": self.star = module
-        else: scope.set(a.asname or a.name, Name(f"{module}.{a.name}"))
-    if not node.level: self.load(module, node)
+def prepare(self: Walker, cls: Class, name: str) -> None:
+    "Walk the methods that assign an attribute, before it is asked for."
+    for method in cls.assigned.get(name, ()) if name not in cls.members else ():
+        if method not in self.stack: self.walk(method)
 
 # %% ../nbs/12c_flow.ipynb #fb636386
 def follow(parts: Iterable[tuple[Part, ast.Module]],
