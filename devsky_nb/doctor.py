@@ -6,16 +6,16 @@
 __all__ = ['RULES', 'RELEVANT', 'NOQA', 'UNREADABLE', 'SKIPPED', 'FREEZERS', 'FROZEN', 'LOADERS', 'SAME', 'DTYPES', 'FREE',
            'FEATURES', 'EMBEDDER', 'KEEP_LENGTH', 'PRODUCTS', 'TENSOR', 'LOCAL', 'PICKLED', 'READS', 'LOAD_NAME',
            'ALL_RULES', 'Hit', 'SourceRule', 'rule', 'events_of', 'silenced', 'diff_of', 'shown', 'severity_in',
-           'applies', 'finding_of', 'unreadable', 'scan_file', 'sources_in', 'no_collection', 'scan_source',
+           'finding_of', 'unreadable', 'applies', 'scan_file', 'sources_in', 'no_collection', 'scan_source',
            'scan_files', 'env_too_late', 'transformers_cache', 'leaf', 'library', 'loads', 'is_pipeline', 'creations',
-           'classes', 'argument', 'keyword', 'config_on_pipeline', 'load_in_on_pipeline', 'bnb_settings',
-           'backend_and_flag', 'both_flags', 'no_components', 'fp4_by_default', 'torch_dtype', 'two_dtypes', 'alias',
-           'string_dtype', 'cast_of', 'dtype_of', 'keeps_vae_dtype', 'fp32_vae', 'quantized_load', 'quantizes_part',
-           'is_quantized', 'cast_of_quantized', 'attention_slicing', 'on_mps', 'removed_vae_switch', 'unet_cache',
-           'gradients_in_a_loop', 'training', 'uses', 'training_mode', 'clip_from_diffusers', 'cls_as_embedding',
-           'raw_features', 'model_of', 'not_normalised', 'features_are_an_object', 'text_model', 'hub_id', 'unpinned',
-           'remote_code', 'pickled_path', 'names_a_model', 'pickled_weights', 'works_with_models', 'catches_all',
-           'silent_failure', 'lost_cause', 'tells_the_log', 'write_back', 'fix_source']
+           'classes', 'keyword', 'config_on_pipeline', 'load_in_on_pipeline', 'bnb_settings', 'backend_and_flag',
+           'both_flags', 'no_components', 'fp4_by_default', 'torch_dtype', 'two_dtypes', 'string_dtype', 'cast_of',
+           'dtype_of', 'keeps_vae_dtype', 'fp32_vae', 'quantized_load', 'quantizes_part', 'is_quantized',
+           'cast_of_quantized', 'attention_slicing', 'on_mps', 'removed_vae_switch', 'unet_cache', 'uses', 'training',
+           'gradients_in_a_loop', 'training_mode', 'clip_from_diffusers', 'cls_as_embedding', 'raw_features',
+           'model_of', 'not_normalised', 'features_are_an_object', 'text_model', 'hub_id', 'unpinned', 'remote_code',
+           'pickled_path', 'names_a_model', 'pickled_weights', 'works_with_models', 'catches_all', 'silent_failure',
+           'lost_cause', 'tells_the_log', 'write_back', 'fix_source']
 
 # %% ../nbs/13_doctor.ipynb #8a231a41
 import ast, gc, os, re, shutil
@@ -27,8 +27,8 @@ from pathlib import Path
 from .environment import ENVIRONMENT_RULES, check_environment
 from .errors import FileNotFoundError, ValidationError
 from .findings import Finding, Findings, Rule, chosen_rules
-from .flow import (Attribute, Call, Choice, Constant, Event, Instance, Item, Mapping, Name, Operation, Sequence, Value, alternatives, circumstances,
-                             constant, follow, path, paths)
+from .flow import (Attribute, Call, Choice, Constant, Event, Instance, Item, Mapping, Name, Operation, Sequence, Value, alias,
+                             alternatives, argument, circumstances, constant, follow, path, paths)
 from .source import READERS, Part, Source, Unreadable, apply_edits, parse, parse_cell, read_source, replace_node, split_lines
 
 # %% ../nbs/13_doctor.ipynb #4c211809
@@ -50,6 +50,7 @@ class SourceRule(Rule):
     mentions: tuple[str, ...] = ()  # a file without any of these words breaks no such rule, and is not checked for it; empty: every file is
     in_documents: str = ""  # severity there, where code is shown and not deployed; "": the same, "pass": it does not apply
 
+# %% ../nbs/13_doctor.ipynb #d8388677
 RULES: dict[str, SourceRule] = {}
 
 def rule(code: str, name: str, severity: str, theme: str, kinds: str, wrong: str, right: str, mentions: str = "", in_documents: str = "") -> Callable:
@@ -103,10 +104,6 @@ def severity_in(rule: SourceRule, source: Source) -> str:
     "How serious a rule is in a file."
     return rule.in_documents or rule.severity if source.path.suffix == ".md" else rule.severity
 
-def applies(rule: SourceRule, source: Source) -> bool:
-    "Whether a file can break a rule at all."
-    return severity_in(rule, source) != "pass" and (not rule.mentions or any(word in source.text for word in rule.mentions))
-
 def finding_of(source: Source, event: Event, rule: SourceRule, hit: Hit) -> Finding:
     "A hit as it is reported."
     part, name = event.part, shown(source.path)
@@ -118,6 +115,7 @@ def finding_of(source: Source, event: Event, rule: SourceRule, hit: Hit) -> Find
     if part.cell: file_line = source.text.count("\n", 0, part.raw(start, start + 1)[0]) + 1
     return Finding(rule.code, name, line, column, part.cell, hit.message, hit.fix, severity_in(rule, source), diff, edits, file_line)
 
+# %% ../nbs/13_doctor.ipynb #b85dd1f4
 UNREADABLE = Rule("DSK000", "unreadable", "error", "What cannot be read cannot be checked.", "files")
 
 def unreadable(source: Source, part: Part | None, problem: Unreadable) -> Finding:
@@ -129,6 +127,10 @@ def unreadable(source: Source, part: Part | None, problem: Unreadable) -> Findin
                    "info" if in_document else "error", file_line=line)
 
 # %% ../nbs/13_doctor.ipynb #0ad9ea51
+def applies(rule: SourceRule, source: Source) -> bool:
+    "Whether a file can break a rule at all."
+    return severity_in(rule, source) != "pass" and (not rule.mentions or any(word in source.text for word in rule.mentions))
+
 def scan_file(source: Source, codes: set[str]) -> list[Finding]:
     "Apply rules to a file."
     events, problems = events_of(source)
@@ -169,6 +171,7 @@ def no_collection() -> Iterator[None]:
     finally:
         if enabled: gc.enable()
 
+# %% ../nbs/13_doctor.ipynb #ccdae1b2
 def scan_source(where: str | Path,  # a .py, .ipynb or .md file, or a folder of them
                 select: Iterable[str] = (),  # codes or beginnings of codes; none: all
                 ignore: Iterable[str] = (),
@@ -206,7 +209,8 @@ def env_too_late(event: Event, events: list[Event]) -> Iterator[Hit]:
     name, loaded = event.value.value, [l for l in FREEZERS if l in event.loaded]
     if name in FROZEN and loaded:
         line = "" if event.part.cell else f" in line {event.loaded[loaded[0]]}"
-        yield Hit(event.node, f"{name} is set after {loaded[0]} was imported{line}, and has no effect", f"Set {name} before the import, or better outside of Python; or pass cache_dir to each call")
+        yield Hit(event.node, f"{name} is set after {loaded[0]} was imported{line}, and has no effect",
+                  f"Set {name} before the import, or better outside of Python; or pass cache_dir to each call")
 
 # %% ../nbs/13_doctor.ipynb #db39ad02
 @rule("DSK002", "transformers-cache", "warning", "environment", "environment", wrong="""
@@ -223,7 +227,6 @@ def transformers_cache(event: Event, events: list[Event]) -> Iterator[Hit]:
 
 # %% ../nbs/13_doctor.ipynb #60cedb98
 LOADERS = ("from_pretrained", "from_single_file", "from_pipe")
-SAME = {"to", "eval", "train", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_"}  # methods that return the model itself
 
 def leaf(name: str) -> str: return name.rpartition(".")[2]
 
@@ -237,6 +240,9 @@ def loads(call: Value) -> list[str]:
 def is_pipeline(cls: str) -> bool:
     "Whether a class is one of diffusers' pipelines."
     return library(cls) == "diffusers" and re.fullmatch(r"(?!Modular)\w*Pipeline|AutoPipelineFor\w+", leaf(cls)) is not None
+
+# %% ../nbs/13_doctor.ipynb #c9b89131
+SAME = {"to", "eval", "train", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_"}  # methods that return the model itself
 
 def creations(value: Value, depth: int = 0) -> list[tuple[str, Call]]:  # class or function, and the call
     "How an object came into being."
@@ -253,11 +259,6 @@ def classes(value: Value) -> set[str]:
     return {cls for cls, _ in creations(value)}
 
 # %% ../nbs/13_doctor.ipynb #5b209313
-def argument(call: Call, name: str, position: int | None = None) -> Value | None:
-    "An argument of a call, however it is given."
-    if name in call.keywords: return call.keywords[name]
-    return call.args[position] if position is not None and position < len(call.args) else None
-
 def keyword(call: Call, name: str) -> ast.AST:
     "Where an argument is written, or else the call."
     return next((k for k in call.node.keywords if k.arg == name), call.node)
@@ -279,7 +280,9 @@ def config_on_pipeline(event: Event, events: list[Event]) -> Iterator[Hit]:
     given = argument(event.value, "quantization_config")
     if given is None or not any(map(is_pipeline, loads(event.value))): return
     wrong = [leaf(c) for c in classes(given) if leaf(c).endswith("Config") and leaf(c) != "PipelineQuantizationConfig"] + ["dict" for a in alternatives(given) if isinstance(a, Mapping)]
-    if wrong: yield Hit(keyword(event.value, "quantization_config"), f"a pipeline takes no {min(wrong)}", "Use PipelineQuantizationConfig, or give the configuration to a component's from_pretrained")
+    if wrong:
+        yield Hit(keyword(event.value, "quantization_config"), f"a pipeline takes no {min(wrong)}",
+                  "Use PipelineQuantizationConfig, or give the configuration to a component's from_pretrained")
 
 # %% ../nbs/13_doctor.ipynb #273f674f
 @rule("DSK011", "load-in-on-pipeline", "error", "quantization", "call", mentions="load_in_", wrong="""
@@ -297,7 +300,8 @@ def load_in_on_pipeline(event: Event, events: list[Event]) -> Iterator[Hit]:
     "A pipeline ignores load_in_4bit and load_in_8bit with a warning, and the model that comes back is not quantized."
     for name in {"load_in_4bit", "load_in_8bit"} & event.value.keywords.keys():
         if any(map(is_pipeline, loads(event.value))) and constant(event.value.keywords[name]) is not False:
-            yield Hit(keyword(event.value, name), f"a pipeline ignores {name}: nothing is quantized", "Give a PipelineQuantizationConfig as quantization_config")
+            yield Hit(keyword(event.value, name), f"a pipeline ignores {name}: nothing is quantized",
+                      "Give a PipelineQuantizationConfig as quantization_config")
 
 # %% ../nbs/13_doctor.ipynb #457dd6a3
 def bnb_settings(call: Call) -> dict[str, Value] | None:  # None: not a bitsandbytes configuration, or not known in full
@@ -322,7 +326,9 @@ def backend_and_flag(event: Event, events: list[Event]) -> Iterator[Hit]:
     four, eight = (constant(settings.get(n, Constant(False))) for n in ("load_in_4bit", "load_in_8bit"))
     if (four, eight) in ((True, True), (None, None)) or None in (four, eight) and True not in (four, eight): return
     bits = 8 if eight else 4
-    if backend != f"bitsandbytes_{bits}bit": yield Hit(keyword(event.value, "quant_backend"), f"{backend} with these flags gives {bits} bits", f"Name the backend bitsandbytes_{bits}bit, or set load_in_{12 - bits}bit")
+    if backend != f"bitsandbytes_{bits}bit":
+        yield Hit(keyword(event.value, "quant_backend"), f"{backend} with these flags gives {bits} bits",
+                  f"Name the backend bitsandbytes_{bits}bit, or set load_in_{12 - bits}bit")
 
 # %% ../nbs/13_doctor.ipynb #8b2db03c
 @rule("DSK013", "both-flags", "error", "quantization", "call", mentions="BitsAndBytesConfig PipelineQuantizationConfig", wrong="""
@@ -335,7 +341,8 @@ config = BitsAndBytesConfig(load_in_4bit=True, load_in_8bit=False, bnb_4bit_quan
 def both_flags(event: Event, events: list[Event]) -> Iterator[Hit]:
     "A layer has 4 bits or 8, and both flags together raise."
     settings = bnb_settings(event.value)
-    if settings and all(constant(settings.get(n)) is True for n in ("load_in_4bit", "load_in_8bit")): yield Hit(event.node, "load_in_4bit and load_in_8bit are both True", "Keep one of the two")
+    if settings and all(constant(settings.get(n)) is True for n in ("load_in_4bit", "load_in_8bit")):
+        yield Hit(event.node, "load_in_4bit and load_in_8bit are both True", "Keep one of the two")
 
 # %% ../nbs/13_doctor.ipynb #76577800
 @rule("DSK014", "no-components", "warning", "quantization", "call", mentions="PipelineQuantizationConfig", wrong="""
@@ -367,7 +374,9 @@ def fp4_by_default(event: Event, events: list[Event]) -> Iterator[Hit]:
     settings = bnb_settings(event.value)
     if not settings or constant(settings.get("load_in_4bit")) is not True: return
     missing = [f"{name} ({default})" for name, default in (("bnb_4bit_quant_type", "fp4"), ("bnb_4bit_compute_dtype", "float32")) if name not in settings]
-    if missing: yield Hit(event.node, f"the default is taken for {' and '.join(missing)}", 'State bnb_4bit_quant_type="nf4" and bnb_4bit_compute_dtype, the dtype that the model runs in')
+    if missing:
+        yield Hit(event.node, f"the default is taken for {' and '.join(missing)}",
+                  'State bnb_4bit_quant_type="nf4" and bnb_4bit_compute_dtype, the dtype that the model runs in')
 
 # %% ../nbs/13_doctor.ipynb #acb5a381
 @rule("DSK020", "torch-dtype", "info", "dtype", "call", mentions="torch_dtype", wrong="""
@@ -398,18 +407,10 @@ pipe = DiffusionPipeline.from_pretrained(folder, dtype=torch.float16)
 """)
 def two_dtypes(event: Event, events: list[Event]) -> Iterator[Hit]:
     "diffusers refuses dtype and torch_dtype together; transformers drops one of them."
-    if {"dtype", "torch_dtype"} <= event.value.keywords.keys() and loads(event.value): yield Hit(keyword(event.value, "torch_dtype"), "dtype and torch_dtype are both given", "Keep dtype")
+    if {"dtype", "torch_dtype"} <= event.value.keywords.keys() and loads(event.value):
+        yield Hit(keyword(event.value, "torch_dtype"), "dtype and torch_dtype are both given", "Keep dtype")
 
 # %% ../nbs/13_doctor.ipynb #08fb768c
-def alias(event: Event, module: str) -> str | None:  # None: it is not imported here
-    "The name by which a module is known at some place."
-    scope = event.scope
-    while scope is not None and module in event.loaded:
-        for name, value in scope.names.items():
-            if path(value) == module: return name
-        scope = scope.parent
-    return None
-
 @rule("DSK022", "string-dtype", "warning", "dtype", "call", mentions="dtype", wrong="""
 import torch
 from diffusers import DiffusionPipeline
@@ -428,7 +429,8 @@ def string_dtype(event: Event, events: list[Event]) -> Iterator[Hit]:
         at, torch = keyword(event.value, name), alias(event, "torch")
         known = texts[0].removeprefix("torch.") if texts[0].removeprefix("torch.") in ("float16", "bfloat16", "float32") else None
         literal = isinstance(at, ast.keyword) and isinstance(at.value, ast.Constant) and at.value.lineno == at.value.end_lineno
-        yield Hit(at, f"{name}={texts[0]!r} loads float32", f"Write torch.{known or 'float16'}", (at.value, f"{torch}.{known}", None) if literal and torch and known else None)
+        yield Hit(at, f"{name}={texts[0]!r} loads float32",
+                  f"Write torch.{known or 'float16'}", (at.value, f"{torch}.{known}", None) if literal and torch and known else None)
 
 # %% ../nbs/13_doctor.ipynb #4e395504
 DTYPES = {"half": "float16", "float": "float32", "bfloat16": "bfloat16", "double": "float64"}
@@ -449,11 +451,11 @@ def dtype_of(value: Value | None, depth: int = 0) -> str | None:  # None: unknow
             return "float32" if dtype is None else leaf(path(dtype)) or None
     return None
 
-# %% ../nbs/13_doctor.ipynb #e41c98ea
 def keeps_vae_dtype(cls: str) -> bool:
     "Whether a pipeline decodes latents in the dtype that they have, as those with a UNet do."
     return is_pipeline(cls) and re.fullmatch(r"StableDiffusion(?!3)\w*Pipeline|DiffusionPipeline|AutoPipelineFor\w+", leaf(cls)) is not None
 
+# %% ../nbs/13_doctor.ipynb #e41c98ea
 @rule("DSK023", "fp32-vae", "error", "dtype", "call", mentions="vae", wrong="""
 import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline
@@ -472,7 +474,8 @@ def fp32_vae(event: Event, events: list[Event]) -> Iterator[Hit]:
     call = event.value
     match call:
         case Call(function=Attribute(Attribute(pipe, "vae"))) if cast_of(call) == "float32" and dtype_of(pipe) in ("float16", "bfloat16") and any(map(keeps_vae_dtype, classes(pipe))):
-            yield Hit(event.node, f"the VAE becomes float32, the UNet is {dtype_of(pipe)}", "Leave the VAE as it is: SDXL's pipeline casts it for decoding by itself")
+            yield Hit(event.node, f"the VAE becomes float32, the UNet is {dtype_of(pipe)}",
+                      "Leave the VAE as it is: SDXL's pipeline casts it for decoding by itself")
     if "vae" not in call.keywords: return
     targets = loads(call) or sorted(paths(call.function))
     if not any(map(keeps_vae_dtype, targets)): return
@@ -516,7 +519,9 @@ model = model.to("cuda")
 def cast_of_quantized(event: Event, events: list[Event]) -> Iterator[Hit]:
     "Quantized weights have no dtype to change, so a cast raises; a move to a device is allowed."
     dtype = cast_of(event.value)
-    if dtype and is_quantized(event.value.function.base): yield Hit(event.node, f"a quantized model cannot be cast to {dtype}", "Give dtype to from_pretrained, which is that of the layers that stay unquantized")
+    if dtype and is_quantized(event.value.function.base):
+        yield Hit(event.node, f"a quantized model cannot be cast to {dtype}",
+                  "Give dtype to from_pretrained, which is that of the layers that stay unquantized")
 
 # %% ../nbs/13_doctor.ipynb #52d5ec2c
 @rule("DSK030", "attention-slicing", "warning", "inference", "call", mentions="enable_attention_slicing", wrong="""
@@ -531,7 +536,9 @@ pipe.vae.enable_tiling()
 def attention_slicing(event: Event, events: list[Event]) -> Iterator[Hit]:
     "PyTorch's own attention needs no memory for the scores; slicing replaces it by a slower one and saves nothing."
     match event.value:
-        case Call(function=Attribute(base, "enable_attention_slicing")) if not on_mps(base): yield Hit(event.node, "slicing replaces PyTorch's attention by a slower one", "Leave it out: the peak is in the VAE, which pipe.vae.enable_tiling() lowers")
+        case Call(function=Attribute(base, "enable_attention_slicing")) if not on_mps(base):
+            yield Hit(event.node, "slicing replaces PyTorch's attention by a slower one",
+                      "Leave it out: the peak is in the VAE, which pipe.vae.enable_tiling() lowers")
 
 def on_mps(value: Value) -> bool:
     "Whether a model was certainly moved to Apple's GPU, where slicing can help."
@@ -573,12 +580,21 @@ def unet_cache(event: Event, events: list[Event]) -> Iterator[Hit]:
     match event.value:
         case Attribute(base, "enable_cache"):
             named = isinstance(base, Attribute) and base.name == "unet" or isinstance(event.node.value, ast.Name) and event.node.value.id == "unet"
-            if named or any(leaf(c).startswith("UNet") and library(c) == "diffusers" for c in classes(base)): yield Hit(event.node, "a UNet has no enable_cache", "Leave it out, or use a pipeline with a transformer")
+            if named or any(leaf(c).startswith("UNet") and library(c) == "diffusers" for c in classes(base)):
+                yield Hit(event.node, "a UNet has no enable_cache", "Leave it out, or use a pipeline with a transformer")
 
 # %% ../nbs/13_doctor.ipynb #f8adb511
 FREE = {"torch.no_grad", "torch.inference_mode", "torch.set_grad_enabled", "torch.autograd.no_grad", "torch.autograd.grad_mode.no_grad", "torch.autograd.grad_mode.inference_mode"}
 FEATURES = ("get_image_features", "get_text_features")
 EMBEDDER = re.compile(r"transformers\.(.*\.)?((Chinese|Alt|Meta)?CLIP|Siglip|Align|Dinov|ViT|Auto|Blip)\w*Model(WithProjection)?")
+
+def uses(events: list[Event], *names: str) -> bool:
+    "Whether an attribute of such a name occurs anywhere in a program."
+    return any(e.kind == "attribute" and e.node.attr in names for e in events)
+
+def training(events: list[Event]) -> bool:
+    "Whether a program trains, and so needs its gradients."
+    return uses(events, "backward", "zero_grad")
 
 # %% ../nbs/13_doctor.ipynb #39d115fa
 @rule("DSK033", "gradients-in-a-loop", "warning", "inference", "call", mentions="CLIP Siglip Align Dinov ViT Auto Blip", wrong="""
@@ -600,14 +616,6 @@ def gradients_in_a_loop(event: Event, events: list[Event]) -> Iterator[Hit]:
     model = function.base if isinstance(function, Attribute) and function.name in FEATURES else function
     if any(EMBEDDER.fullmatch(c) for c in classes(model)) and any(loop and not FREE & managers for loop, managers in circumstances(event)) and not training(events):
         yield Hit(event.node, "a model runs in a loop with gradients switched on", "Wrap the loop in `with torch.inference_mode():`")
-
-def training(events: list[Event]) -> bool:
-    "Whether a program trains, and so needs its gradients."
-    return uses(events, "backward", "zero_grad")
-
-def uses(events: list[Event], *names: str) -> bool:
-    "Whether an attribute of such a name occurs anywhere in a program."
-    return any(e.kind == "attribute" and e.node.attr in names for e in events)
 
 # %% ../nbs/13_doctor.ipynb #cc91dd84
 @rule("DSK034", "training-mode", "warning", "inference", "call", mentions="CLIP Siglip Align Dinov ViT Auto Blip", wrong="""
@@ -644,7 +652,8 @@ def clip_from_diffusers(event: Event, events: list[Event]) -> Iterator[Hit]:
     "CLIP is in transformers; diffusers only uses it, and the import raises."
     if not re.fullmatch(r"diffusers\.CLIP(Text|Vision)?(Model|Tokenizer|Processor|ImageProcessor|FeatureExtractor|Config)\w*", path(event.value)): return
     whole = isinstance(event.node, ast.ImportFrom) and event.node.level == 0 and all(a.name.startswith("CLIP") for a in event.node.names)
-    yield Hit(event.node, f"diffusers has no {leaf(path(event.value))}", "Import it from transformers", (event.node, "from transformers", "from diffusers") if whole else None)
+    yield Hit(event.node, f"diffusers has no {leaf(path(event.value))}",
+              "Import it from transformers", (event.node, "from transformers", "from diffusers") if whole else None)
 
 # %% ../nbs/13_doctor.ipynb #e7ed649f
 @rule("DSK041", "cls-as-embedding", "warning", "CLIP", "item", mentions="CLIP", wrong="""
@@ -664,7 +673,8 @@ def cls_as_embedding(event: Event, events: list[Event]) -> Iterator[Hit]:
         case _: return
     models = {leaf(c) for a in alternatives(base.base) if isinstance(a, Call) for c in classes(a.function.base if isinstance(a.function, Attribute) else a.function)}
     if any(re.fullmatch(r"CLIP(Vision)?Model(WithProjection)?", m) for m in models):
-        yield Hit(node, "the CLS token is no CLIP embedding", "Use CLIPVisionModelWithProjection(...).image_embeds, or CLIPImageEmbedder of this package, and normalise")
+        yield Hit(node, "the CLS token is no CLIP embedding",
+                  "Use CLIPVisionModelWithProjection(...).image_embeds, or CLIPImageEmbedder of this package, and normalise")
 
 # %% ../nbs/13_doctor.ipynb #5dc6b912
 KEEP_LENGTH = {"T", "mT", "t", "transpose", "to", "cpu", "cuda", "numpy", "float", "half", "detach", "squeeze", "unsqueeze", "view", "reshape", "contiguous", "clone", "pooler_output"}
@@ -714,7 +724,9 @@ def not_normalised(event: Event, events: list[Event]) -> Iterator[Hit]:
         case Call(function=Attribute(base, "add" | "search"), args=args) if any(leaf(c) == "IndexFlatIP" for c in classes(base)): operands = args
         case Call(function=Name(p), args=args) if p in PRODUCTS: operands = args
         case _: return
-    if any(raw_features(o) is not None for o in operands): yield Hit(event.node, "features are compared without being normalised", "Divide each by its norm first: torch.nn.functional.normalize(features, dim=-1)")
+    if any(raw_features(o) is not None for o in operands):
+        yield Hit(event.node, "features are compared without being normalised",
+                  "Divide each by its norm first: torch.nn.functional.normalize(features, dim=-1)")
 
 # %% ../nbs/13_doctor.ipynb #b261e8d0
 TENSOR = {"norm", "cpu", "cuda", "numpy", "detach", "shape", "float", "half", "T", "t", "squeeze", "unsqueeze", "mean", "sum", "view", "reshape", "tolist", "dim", "size", "device", "dtype"}
@@ -758,7 +770,8 @@ def text_model(event: Event, events: list[Event]) -> Iterator[Hit]:
         case Attribute(base, "text_model" | "vision_model" as name):
             cls = {"text_model": "CLIPTextModel", "vision_model": "CLIPVisionModel"}[name]
             of_pipeline = isinstance(base, Attribute) and base.name == "text_encoder" and {leaf(c) for c in classes(base.base)} <= {"StableDiffusionPipeline", "StableDiffusionXLPipeline"}
-            if {leaf(c) for c in classes(base)} == {cls} or of_pipeline and classes(base.base): yield Hit(event.node, f"{cls} has no {name} any more", f"Leave .{name} out: its layers are attributes of the model")
+            if {leaf(c) for c in classes(base)} == {cls} or of_pipeline and classes(base.base):
+                yield Hit(event.node, f"{cls} has no {name} any more", f"Leave .{name} out: its layers are attributes of the model")
 
 # %% ../nbs/13_doctor.ipynb #3fc4df59
 LOCAL = {"model", "models", "checkpoint", "checkpoints", "ckpt", "weights", "output", "outputs", "data", "results", "runs", "tmp", "artifacts", "local", "path", "assets", ".", ".."}
@@ -784,7 +797,8 @@ def unpinned(event: Event, events: list[Event]) -> Iterator[Hit]:
     if where is None or call.rest or constant(call.keywords.get("local_files_only")) is True: return
     name = hub_id(argument(call, where, 1 if where == "model" else 0))
     if name and constant(call.keywords.get("revision", Constant(None)), "?") in (None, "main"):
-        yield Hit(event.node, f"{name} is loaded without a revision", "Pin the commit: revision=\"<40 hex digits>\", or take it from the registry of this package, which keeps a lockfile")
+        yield Hit(event.node, f"{name} is loaded without a revision",
+                  "Pin the commit: revision=\"<40 hex digits>\", or take it from the registry of this package, which keeps a lockfile")
 
 # %% ../nbs/13_doctor.ipynb #05881716
 @rule("DSK051", "remote-code", "warning", "safety", "call", in_documents="info", mentions="trust_remote_code", wrong="""
@@ -798,7 +812,8 @@ def remote_code(event: Event, events: list[Event]) -> Iterator[Hit]:
     "The flag runs Python that the owner of a repository can change at any time, with all rights of this process."
     given = event.value.keywords.get("trust_remote_code")
     if given is not None and any(isinstance(a, Constant) and a.value is True for a in alternatives(given)):
-        yield Hit(keyword(event.value, "trust_remote_code"), "code from the Hub is run", "Leave it out if the library knows the model; otherwise read the code, pin its revision, and say so with `# noqa: DSK051`")
+        yield Hit(keyword(event.value, "trust_remote_code"), "code from the Hub is run",
+                  "Leave it out if the library knows the model; otherwise read the code, pin its revision, and say so with `# noqa: DSK051`")
 
 # %% ../nbs/13_doctor.ipynb #7695f25f
 PICKLED = (".pkl", ".pickle", ".joblib", ".pt", ".pth", ".bin", ".ckpt")
@@ -822,9 +837,12 @@ weights = load_file("model.safetensors")
 def pickled_weights(event: Event, events: list[Event]) -> Iterator[Hit]:
     "Reading a pickle runs whatever its author put into it; safetensors holds numbers only."
     call, names = event.value, paths(event.value.function)
-    if loads(call) and constant(call.keywords.get("use_safetensors")) is False: yield Hit(keyword(call, "use_safetensors"), "pickled weights are preferred", "Leave use_safetensors out, or set it to True")
-    elif "torch.load" in names and constant(call.keywords.get("weights_only")) is False: yield Hit(keyword(call, "weights_only"), "a pickle is read without restrictions", "Convert the weights to safetensors, or leave weights_only at True")
-    elif names & {"pickle.load", "joblib.load", "dill.load", "cloudpickle.load"} and (pickled_path(argument(call, "file", 0)) or names_a_model(event.node)): yield Hit(event.node, "a model is read from a pickle", "Save it with save_pretrained or safetensors")
+    if loads(call) and constant(call.keywords.get("use_safetensors")) is False:
+        yield Hit(keyword(call, "use_safetensors"), "pickled weights are preferred", "Leave use_safetensors out, or set it to True")
+    elif "torch.load" in names and constant(call.keywords.get("weights_only")) is False:
+        yield Hit(keyword(call, "weights_only"), "a pickle is read without restrictions", "Convert the weights to safetensors, or leave weights_only at True")
+    elif names & {"pickle.load", "joblib.load", "dill.load", "cloudpickle.load"} and (pickled_path(argument(call, "file", 0)) or names_a_model(event.node)):
+        yield Hit(event.node, "a model is read from a pickle", "Save it with save_pretrained or safetensors")
 
 # %% ../nbs/13_doctor.ipynb #5ab13290
 READS = {"torch.load", "safetensors.torch.load_file", "huggingface_hub.snapshot_download", "huggingface_hub.hf_hub_download", "transformers.pipeline"}
@@ -862,7 +880,8 @@ def silent_failure(event: Event, events: list[Event]) -> Iterator[Hit]:
     bare = event.node.type is None or "BaseException" in paths(event.value)
     silent = catches_all(event) and all(isinstance(s, ast.Pass | ast.Continue) or isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant) for s in event.node.body)
     if (bare or silent) and not any(isinstance(n, ast.Raise) for s in event.node.body for n in ast.walk(s)) and works_with_models(event.inside):
-        yield Hit(event.node, "any failure around a model disappears here", "Catch what can be handled (OSError, ValueError, torch.OutOfMemoryError), and raise the rest")
+        yield Hit(event.node, "any failure around a model disappears here",
+                  "Catch what can be handled (OSError, ValueError, torch.OutOfMemoryError), and raise the rest")
 
 # %% ../nbs/13_doctor.ipynb #fcf7db2a
 @rule("DSK061", "lost-cause", "warning", "errors", "handler", wrong="""

@@ -10,7 +10,7 @@ __all__ = ['ABSENT', 'Binding', 'ASSUMED', 'Value', 'Compound', 'Name', 'Constan
 
 # %% ../nbs/12c_flow.ipynb #c1278192
 import ast, builtins
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
 
