@@ -1,5 +1,5 @@
 "Optimizing: what may be asked, what is undone, and what is left as it was."
-import copy, json, threading
+import copy, json, os, resource, signal, threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,25 +100,63 @@ def test_half_precision_is_within_its_tolerance_and_the_vae_stays_whole(pipeline
     assert not any(layer._forward_pre_hooks for layer in pipeline.vae.modules())
 
 
+def open_files(folder):
+    "The sizes of files in a folder that this process holds open, those without a name included."
+    return [fd.stat().st_size for fd in Path("/proc/self/fd").iterdir() if os.path.exists(fd) and os.readlink(fd).startswith(f"{folder}/")]
+
+
 def test_weights_are_kept_in_a_file_that_goes_with_the_last_who_could_ask(tmp_path, monkeypatch):
     monkeypatch.setattr(performance.tempfile, "tempdir", str(tmp_path))
     net = tiny_vit()
     before, restore = {n: p.clone() for n, p in net.named_parameters()}, keep([net])
-    assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    assert open_files(tmp_path) == [sum(p.nbytes for p in net.parameters())] and not list(tmp_path.iterdir())
     net.to(torch.float8_e4m3fn)
     restore()
-    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters()) and not list(tmp_path.iterdir())
+    assert all(torch.equal(p, before[n]) for n, p in net.named_parameters()) and open_files(tmp_path) == []
     unused = keep([net])
-    with pytest.warns(ResourceWarning): del unused
+    assert len(open_files(tmp_path)) == 1
+    del unused
+    assert open_files(tmp_path) == []
+
+
+def test_weights_of_every_kind_come_back():
+    net = torch.nn.Module()
+    net.scale = torch.nn.Parameter(torch.tensor(1.5))  # a single number
+    net.columns = torch.nn.Parameter(torch.randn(3, 2, dtype=torch.bfloat16).T)  # not contiguous
+    net.empty = torch.nn.Parameter(torch.zeros(0, 4))
+    net.register_buffer("small", torch.randn(4).to(torch.float8_e4m3fn))
+    net.register_buffer("steps", torch.arange(3))
+    net.tied = net.scale
+    before = {n: t.clone() for n, t in net.state_dict().items()}
+    restore = keep([net])
+    net.to(torch.float32)
+    for t in net.parameters(): t.data.zero_()
+    restore()
+    after = net.state_dict()
+    assert all(after[n].dtype == t.dtype and torch.equal(after[n].float(), t.float()) for n, t in before.items())
+
+
+def test_kept_weights_do_not_outlive_a_killed_process(tmp_path, monkeypatch):
+    monkeypatch.setattr(performance.tempfile, "tempdir", str(tmp_path))
+    net = tiny_vit()
+    if (child := os.fork()) == 0:
+        try:
+            kept = keep([net])
+            if kept and len(open_files(tmp_path)) == 1: os.kill(os.getpid(), signal.SIGKILL)
+        finally: os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not list(tmp_path.iterdir())
 
 
-def test_a_full_disk_leaves_the_step_out_and_the_model_as_it_was(monkeypatch, tmp_path):
+@pytest.mark.parametrize("error", ["FileNotFoundError", "OSError"])
+def test_a_full_disk_leaves_the_step_out_and_the_model_as_it_was(error, monkeypatch, tmp_path):
     net = tiny_vit()
-    before = embed_probe(net)
-    monkeypatch.setattr(performance.tempfile, "tempdir", str(tmp_path / "gone"))
-    report = optimize(net, steps=["half precision", "frozen weights"])
-    assert states(report) == {"frozen weights": "applied", "half precision": "left"} and "cannot be applied: FileNotFoundError" in why(report, "half precision")
+    before, limits = embed_probe(net), resource.getrlimit(resource.RLIMIT_FSIZE)
+    if error == "FileNotFoundError": monkeypatch.setattr(performance.tempfile, "tempdir", str(tmp_path / "gone"))
+    else: resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try: report = optimize(net, steps=["half precision", "frozen weights"])
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert states(report) == {"frozen weights": "applied", "half precision": "left"} and f"cannot be applied: {error}" in why(report, "half precision")
     assert net.dtype == torch.float32 and (embed_probe(net) == before).all()
 
 
