@@ -82,11 +82,11 @@ def cache_place(subject: Subject) -> Iterator[Told]:
         if not p.what.endswith("cannot be written"): yield "warning", p.what, p.remedy
     yield "pass", f"models are in {hub_cache(subject.cache_dir)}: {'it was asked for' if subject.cache_dir else deciding_variable()}", "Nothing to do"
 
+# %% ../nbs/12e_environment.ipynb #740ddfa4
 def nearest(folder: Path) -> Path:
     "The folder, or the nearest above it that exists."
     return next(p for p in (folder, *folder.parents) if p.is_dir())
 
-# %% ../nbs/12e_environment.ipynb #740ddfa4
 @check("DSK103", "cache-writable")
 def cache_writable(subject: Subject) -> Iterator[Told]:
     "A cache that cannot be written fails at the first download, hours after the deployment."
@@ -96,7 +96,8 @@ def cache_writable(subject: Subject) -> Iterator[Told]:
     try:
         with tempfile.TemporaryFile(dir=folder) as f: f.write(b"devsky")
         yield "pass", f"{folder} can be written", "Nothing to do"
-    except OSError as e: yield "error", f"{folder} cannot be written: {e.strerror}", "Give write permission to the user that runs this, or set HF_HOME to another folder"
+    except OSError as e:
+        yield "error", f"{folder} cannot be written: {e.strerror}", "Give write permission to the user that runs this, or set HF_HOME to another folder"
 
 @check("DSK104", "free-space")
 def free_space(subject: Subject) -> Iterator[Told]:
@@ -105,7 +106,8 @@ def free_space(subject: Subject) -> Iterator[Told]:
     folder = nearest(hub_cache(subject.cache_dir))
     free = shutil.disk_usage(folder).free
     severity = "error" if free < 2**30 else "warning" if free < 10 * 2**30 else "pass"
-    yield severity, f"{format_bytes(free)} are free in {folder}", "Nothing to do" if severity == "pass" else "SDXL in fp16 takes 7 GiB: `devsky cache evict --max-size SIZE` shows what can go, or set HF_HOME to another disk"
+    yield (severity, f"{format_bytes(free)} are free in {folder}",
+           "Nothing to do" if severity == "pass" else "SDXL in fp16 takes 7 GiB: `devsky cache evict --max-size SIZE` shows what can go, or set HF_HOME to another disk")
 
 # %% ../nbs/12e_environment.ipynb #cc471321
 READ_AT_MOST = 2 * 2**30  # bytes that are hashed unasked
@@ -120,11 +122,13 @@ def cache_content(subject: Subject) -> Iterator[Told]:
         problems, told = verified.problems, f"the cache holds {verified}"
     else:
         problems = [p for repo in sorted(folder.glob("models--*")) for p in check_refs(repo)]
-        if report.incomplete: yield "warning", f"{format_bytes(report.incomplete)} of downloads did not end", "`devsky cache verify` names them, with the command for each"
+        if report.incomplete:
+            yield "warning", f"{format_bytes(report.incomplete)} of downloads did not end", "`devsky cache verify` names them, with the command for each"
         told = f"the cache holds {format_bytes(report.size)}, of which names and sizes were checked; `devsky cache verify` reads every byte"
     for p in problems: yield "error", str(p).removesuffix(f". {p.remedy}"), p.remedy
     yield "info" if problems else "pass", told, "See the findings above" if problems else "Nothing to do"
 
+# %% ../nbs/12e_environment.ipynb #fdfa608b
 @check("DSK106", "pins")
 def pins_kept(subject: Subject) -> Iterator[Told]:
     "A revision that was fetched by its commit has no ref, and `hf cache prune` deletes it."
@@ -134,7 +138,8 @@ def pins_kept(subject: Subject) -> Iterator[Told]:
     bare = [r for r in cache_report(subject.cache_dir).revisions if not r.refs]
     for r in bare:
         name = locked.get(r.commit, "NAME")
-        yield "warning" if r.commit in locked else "info", f"{r.repo_id} at {r.commit[:8]} has no ref: `hf cache prune` would delete it", f"`devsky cache pin {r.repo_id} {r.commit} {name}` keeps it"
+        yield ("warning" if r.commit in locked else "info", f"{r.repo_id} at {r.commit[:8]} has no ref: `hf cache prune` would delete it",
+               f"`devsky cache pin {r.repo_id} {r.commit} {name}` keeps it")
     if not bare: yield "pass", "every cached revision has a ref", "Nothing to do"
 
 # %% ../nbs/12e_environment.ipynb #be86ada6
@@ -143,7 +148,9 @@ def device(subject: Subject) -> Iterator[Told]:
     "Without the GPU that is there everything works, a hundred times slower."
     best = detect_device()
     driver = Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
-    if best == "cpu" and driver: yield "warning", f"there is an NVIDIA driver, and PyTorch {metadata.version('torch')} does not see a GPU", "Install the CUDA build of PyTorch, and give the container access to the GPU"
+    if best == "cpu" and driver:
+        yield ("warning", f"there is an NVIDIA driver, and PyTorch {metadata.version('torch')} does not see a GPU",
+               "Install the CUDA build of PyTorch, and give the container access to the GPU")
     elif best == "cpu": yield "info", "there is no GPU: models run on the CPU", "Good for CLIP and for the small models; SDXL takes minutes a picture"
     else: yield "pass", f"models run on {best}", "Nothing to do"
 
@@ -157,8 +164,11 @@ def memory(subject: Subject) -> Iterator[Told]:
     from devsky_nb.vram import plan_vram
     plan = plan_vram(subject.model, subject.budget or info.free, device=info.device.partition(":")[0], top=1)
     given = format_bytes(plan.budget)
-    if plan.best is None: yield "error", f"{subject.model} does not fit into {given}: {plan.advice}", "Free memory, choose a smaller picture or model, or a larger machine"
-    else: yield "pass", f"{subject.model} fits into {given}: {plan.best.label}, {format_bytes(plan.best.margin)} to spare", f"Nothing to do; `devsky plan {subject.model} --budget {given.replace(' ', '')}` gives the code"
+    if plan.best is None:
+        yield "error", f"{subject.model} does not fit into {given}: {plan.advice}", "Free memory, choose a smaller picture or model, or a larger machine"
+    else:
+        yield ("pass", f"{subject.model} fits into {given}: {plan.best.label}, {format_bytes(plan.best.margin)} to spare",
+               f"Nothing to do; `devsky plan {subject.model} --budget {given.replace(' ', '')}` gives the code")
 
 # %% ../nbs/12e_environment.ipynb #c594356b
 def processor_flags(file: Path = Path("/proc/cpuinfo")) -> set[str]:  # empty where there is no such file
@@ -171,7 +181,9 @@ def processor_flags(file: Path = Path("/proc/cpuinfo")) -> set[str]:  # empty wh
 def repacking(subject: Subject) -> Iterator[Told]:
     "On such a processor 4-bit weights are repacked: some layers crash, and a later move to a GPU corrupts them."
     if "avx512_bf16" not in processor_flags(): yield "pass", "the processor does not make bitsandbytes repack weights", "Nothing to do"
-    else: yield "info", "bitsandbytes repacks 4-bit weights on this processor (AVX512-BF16)", "Load through devsky_nb.quantization, which leaves crashing layers alone; do not move a model to a GPU after it ran on the CPU"
+    else:
+        yield ("info", "bitsandbytes repacks 4-bit weights on this processor (AVX512-BF16)",
+               "Load through devsky_nb.quantization, which leaves crashing layers alone; do not move a model to a GPU after it ran on the CPU")
 
 @check("DSK110", "kernels")
 def kernels(subject: Subject) -> Iterator[Told]:
@@ -180,7 +192,8 @@ def kernels(subject: Subject) -> Iterator[Told]:
     except metadata.PackageNotFoundError: yield "pass", "the package kernels is not installed: importing bitsandbytes fetches nothing", "Nothing to do"
     else:
         fetches = "avx512_bf16" in processor_flags() and os.environ.get("HF_HUB_OFFLINE", "").upper() not in ("1", "ON", "YES", "TRUE")
-        yield "warning" if fetches else "pass", f"kernels {version} is installed: importing bitsandbytes {'fetches' if fetches else 'would fetch'} a kernel on processors with AVX512-BF16", "Set HF_HUB_OFFLINE=1, or uninstall kernels"
+        yield ("warning" if fetches else "pass", f"kernels {version} is installed: importing bitsandbytes {'fetches' if fetches else 'would fetch'} a kernel on processors with AVX512-BF16",
+               "Set HF_HUB_OFFLINE=1, or uninstall kernels")
 
 # %% ../nbs/12e_environment.ipynb #2f1c5617
 ROUND_TRIP = """
@@ -199,6 +212,7 @@ assert torch.equal(bnb.functional.dequantize_4bit(other.data, other.quant_state)
 print(f"{device}: off by {error:.1%}")
 """
 
+# %% ../nbs/12e_environment.ipynb #de82fb9f
 @check("DSK111", "4-bit-round-trip")
 def round_trip(subject: Subject) -> Iterator[Told]:
     "Whether 4 bits work here is known when a layer has run."
@@ -209,7 +223,8 @@ def round_trip(subject: Subject) -> Iterator[Told]:
         if done.returncode == 0: yield "pass", f"a 4-bit layer runs and reads back the same on {done.stdout.strip()}", "Nothing to do"
         else:
             last = (done.stderr.strip().splitlines() or [""])[-1]
-            yield "error", f"a 4-bit layer {f'crashed with signal {-done.returncode}' if done.returncode < 0 else 'failed'}{': ' + last if last else ''}", remedy
+            yield ("error", f"a 4-bit layer {f'crashed with signal {-done.returncode}' if done.returncode < 0 else 'failed'}{': ' + last if last else ''}",
+                   remedy)
 
 # %% ../nbs/12e_environment.ipynb #8f570b11
 ENVIRONMENT_RULES = [rule for rule, _ in CHECKS.values()]

@@ -54,8 +54,8 @@ def where(self: Finding) -> str:  # as editors and ruff write it
 
 @patch
 def __str__(self: Finding) -> str:
-    mark = {"pass": "ok", "error": "error", "warning": "warning", "info": "info"}[self.severity]
-    return f"{self.where + ': ' if self.path else ''}{self.rule} {mark}: {self.message}" + (f"\n    {self.fix}" if self.severity != "pass" else "")
+    passed, place = self.severity == "pass", f"{self.where}: " if self.path else ""
+    return f"{place}{self.rule} {'ok' if passed else self.severity}: {self.message}" + ("" if passed else f"\n    {self.fix}")
 
 @patch
 def to_dict(self: Finding) -> dict:  # ready for JSON
@@ -78,7 +78,8 @@ class Findings(list):
         told = [f"{n} {'passed' if s == 'pass' else s if n == 1 or s == 'info' else s + 's'}" for s, n in counts.items() if n]
         return ", ".join(told) or "nothing found"
 
-    def failing(self, chosen: Iterable[str] = ()) -> list[Finding]:  # `chosen`: codes that were asked for, which count whatever their severity
+    def failing(self, chosen: Iterable[str] = (),  # codes that were asked for: they count if they are only info
+                ) -> list[Finding]:
         "The findings that should stop a build."
         return [f for f in self if f.severity in ("warning", "error") or f.severity == "info" and any(f.rule.startswith(c) for c in chosen)]
 

@@ -17,6 +17,8 @@ from functools import cached_property
 from json.decoder import JSONDecodeError, scanstring
 from pathlib import Path
 
+from fastcore.basics import patch
+
 # %% ../nbs/12b_source.ipynb #a4a48982
 LINE_END = re.compile(r"\r\n|\r|\n")
 
@@ -49,15 +51,18 @@ class Part:
         "The offsets of the lines."
         return line_starts(self.text)
 
-    def place(self, line: int, column: int) -> tuple[int, int]:  # as an editor counts, from 1
-        "Where a position of the parser is for a person."
-        return line + self.first_line - 1, column + 1 + (self.margins[line - 1] if self.margins else 0)
+# %% ../nbs/12b_source.ipynb #faf690fa
+@patch
+def place(self: Part, line: int, column: int) -> tuple[int, int]:  # as an editor counts, from 1
+    "Where a position of the parser is for a person."
+    return line + self.first_line - 1, column + 1 + (self.margins[line - 1] if self.margins else 0)
 
-    def offset(self, line: int,  # from 1
-               column: int,  # from 0, in bytes
-               ) -> int:  # in characters of `text`
-        "Where a position of the parser is in the text."
-        return self.starts[line - 1] + len(self.lines[line - 1].encode()[:column].decode(errors="ignore"))
+@patch
+def offset(self: Part, line: int,  # from 1
+           column: int,  # from 0, in bytes
+           ) -> int:  # in characters of `text`
+    "Where a position of the parser is in the text."
+    return self.starts[line - 1] + len(self.lines[line - 1].encode()[:column].decode(errors="ignore"))
 
 # %% ../nbs/12b_source.ipynb #06afb627
 @dataclass(frozen=True, order=True)
