@@ -6,13 +6,14 @@ Method. Two sides do the same work, once before the clock starts and then in tur
 with it, by processor time of all threads, which the machine's other work disturbs less than the clock; the ratio by the clock stands beside it. Above 1, the technique is faster. "plain / plain" is the same of two sides that are alike, which is what noise
 alone makes. The pipeline is tiny-sdxl (64 px, 4 steps, fp32) and, because two convolutions do not make a network, also a VAE of SDXL's widths with random weights (128 px) for the memory layout; CLIP is a
 CLIPVisionModelWithProjection of ViT-B/32's shape with random weights, batch 4. Techniques are applied by the package's own functions to a copy of the model. Compiling is timed from the first call to
-its end. "first picture" is a fresh process that has loaded and imported everything: its first picture over its third. The rows are written to benchmarks/performance.json and
+its end, with the caches of earlier compilations off. "first picture" is a fresh process that has loaded and imported everything: its first picture over its third. The rows are written to benchmarks/performance.json and
 benchmarks/performance.md.
 """
 import argparse, copy, json, os, platform, statistics, subprocess, sys, time
 from pathlib import Path
 
 HERE = Path(__file__).parent
+os.environ["TORCHINDUCTOR_FORCE_DISABLE_CACHES"] = "1"
 
 
 def timed(f) -> tuple[float, float]:

@@ -86,7 +86,7 @@ def cache_problems(cache_dir: str | Path | None = None,
     "Settings that have no effect, and a cache that cannot be written."
     from huggingface_hub.file_download import are_symlinks_supported
     env, frozen, found = os.environ, frozen_settings(), []
-    for name in ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE"):
+    for name in ("TRANSFORMERS_CACHE", "PYTORCH_TRANSFORMERS_CACHE", "PYTORCH_PRETRAINED_BERT_CACHE"):
         if name in env: found.append(CacheProblem(f"{name}={env[name]} is read by no library", f"Remove {name} and set HF_HOME instead"))
     for name in frozen:
         if name in env and effective(name, env[name]) != frozen[name]:
@@ -306,7 +306,7 @@ class VerifyReport:
 
     def __str__(self) -> str:
         found = "all sound" if self.ok else f"{len(self.problems)} problem{'s'[:len(self.problems) > 1]}"
-        return f"{self.files} files, {format_bytes(self.bytes)}: {found}" + (f" ({self.unverifiable} without a checksum)" if self.unverifiable else "")
+        return f"{self.files} {'file' if self.files == 1 else 'files'}, {format_bytes(self.bytes)}: {found}" + (f" ({self.unverifiable} without a checksum)" if self.unverifiable else "")
 
     def __repr__(self) -> str: return "\n".join([str(self), *(f"  {p}" for p in self.problems)])
 

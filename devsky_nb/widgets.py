@@ -45,7 +45,7 @@ def side_choices(own: int,  # the model's own side in pixels; 0: it does not dra
     "Sides of square pictures that a model may be asked for."
     step = 64 if own >= 256 else 16
     sides = sorted({max(step, round(own * share / step) * step) for share in (.5, .75, 1.25, 1.5, 2)} - {own, 0}) if own else []
-    return [(f"{s}²", s) for s in sides if s < own] + [(f"{own}² (own)" if own else "own", 0)] + [(f"{s}²", s) for s in sides if s > own]
+    return [(f"{s}²", s) for s in sides if s < own] + [(f"{own}² own" if own else "own", 0)] + [(f"{s}²", s) for s in sides if s > own]
 
 # %% ../nbs/14_widgets.ipynb #14a00007
 def option_text(option: Option) -> str:
