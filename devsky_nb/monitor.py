@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['HIGHEST', 'STATUS', 'RESET', 'METERS', 'log', 'LOCK', 'RUNNING', 'MAX_SAMPLES', 'MAX_SPANS', 'COLOURS', 'OTHERS',
            'PLANNED', 'ProcessMeter', 'CudaMeter', 'MpsMeter', 'make_meter', 'MemoryTimeline', 'positive_seconds',
-           'checked_baseline', 'VramMonitor', 'Span', 'Covered', 'listen', 'watchable', 'where_it_runs', 'checked_plan',
-           'joined', 'draw_phases', 'name_phases', 'plot_timeline']
+           'checked_baseline', 'VramMonitor', 'Span', 'halved', 'Covered', 'listen', 'watchable', 'where_it_runs',
+           'checked_plan', 'joined', 'draw_phases', 'name_phases', 'plot_timeline']
 
 # %% ../nbs/09c_monitor.ipynb #e71bcdf8
 import logging, math, os, re
@@ -140,7 +140,7 @@ def checked_baseline(value: object) -> int | None:  # `value`
 log = logging.getLogger(__name__)
 LOCK = RLock()  # around samples, spans, and the peak counters, which exist once in a process
 RUNNING = []  # monitors
-MAX_SAMPLES = 20_000  # then resolution is halved
+MAX_SAMPLES = 20_000  # then resolution is halved; an even number
 MAX_SPANS = 10_000
 
 class VramMonitor:
@@ -173,7 +173,6 @@ class Span:
     between: bool = False  # after a step that may not be the last
     tail: int = 0  # the peak since that step, which counts if another one follows
 
-# %% ../nbs/09c_monitor.ipynb #ee511d9a
 @patch
 def _note(self: VramMonitor, level: int) -> None:
     "Count a level for every phase that is open."
@@ -181,6 +180,17 @@ def _note(self: VramMonitor, level: int) -> None:
     for span in self._open:
         if span.between: span.tail = max(span.tail, level)
         else: self._peaks[span.phase] = max(self._peaks[span.phase], level)
+
+# %% ../nbs/09c_monitor.ipynb #5eaf2ee1
+def halved(samples: list[tuple[float, int, int]],  # seconds, bytes in use, bytes taken; an even number of them
+           ) -> list[tuple[float, int, int]]:
+    "Of each two samples the higher."
+    pairs = zip(samples[::2], samples[1::2])
+    return [(*max(pair, key=lambda sample: sample[1])[:2], max(pair[0][2], pair[1][2])) for pair in pairs]
+
+# %% ../nbs/09c_monitor.ipynb #ee511d9a
+@patch
+def _now(self: VramMonitor) -> float: return perf_counter() - self._started
 
 @patch
 def _sample(self: VramMonitor) -> None:
@@ -190,11 +200,9 @@ def _sample(self: VramMonitor) -> None:
         self._samples.append((self._now(), allocated, reserved))
         self._note(allocated)
         if len(self._samples) < MAX_SAMPLES: return
-        pairs = zip(self._samples[::2], self._samples[1::2])
-        self._samples = [(*max(pair, key=lambda sample: sample[1])[:2], max(pair[0][2], pair[1][2])) for pair in pairs]
+        self._samples = halved(self._samples)
         self.interval *= 2
 
-# %% ../nbs/09c_monitor.ipynb #0b5f1922
 @patch
 def _border(self: VramMonitor) -> None:
     "Read, and tell every monitor of this device how high it has been."
@@ -204,6 +212,7 @@ def _border(self: VramMonitor) -> None:
             if monitor.device == self.device: monitor._note(peak)
         self._sample()
 
+# %% ../nbs/09c_monitor.ipynb #0b5f1922
 @patch
 def _safely(self: VramMonitor, measure: Callable[[], None]) -> None:
     "Measure; if that fails, say so once, and do it no more."
@@ -217,9 +226,6 @@ def _safely(self: VramMonitor, measure: Callable[[], None]) -> None:
 def _run(self: VramMonitor) -> None:
     "The thread."
     while self.error is None and not self._stop.wait(self.interval): self._safely(self._sample)
-
-@patch
-def _now(self: VramMonitor) -> float: return perf_counter() - self._started
 
 # %% ../nbs/09c_monitor.ipynb #288a8eb5
 @patch
@@ -240,6 +246,7 @@ def _start(self: VramMonitor) -> VramMonitor:
         raise
     return self
 
+# %% ../nbs/09c_monitor.ipynb #f3e03612
 @patch
 def _end(self: VramMonitor) -> None:
     self._stop.set()
@@ -250,6 +257,18 @@ def _end(self: VramMonitor) -> None:
         for span in list(self._open): self._finish(span)
         self._steps.clear()
         RUNNING.remove(self)
+
+# %% ../nbs/09c_monitor.ipynb #c49ac54c
+@patch(as_prop=True)
+def timeline(self: VramMonitor) -> MemoryTimeline:
+    "What has been measured until now."
+    with LOCK:
+        if self._started is None: raise ValidationError("nothing is measured yet: with VramMonitor() as monitor: …", details={"running": False})
+        if self in RUNNING: self._safely(self._border)
+        spans = sorted(((s.phase, s.start, self._now() if s.end is None else s.end) for s in [*self._closed, *self._open]), key=lambda span: span[1])
+        seconds, allocated, reserved = zip(*self._samples)
+        return MemoryTimeline(np.array(seconds), np.array(allocated), np.array(reserved), spans, self.baseline, {p: n - self.baseline for p, n in self._peaks.items()},
+                              self._peak - self.baseline, self.device, self._meter.exact, self.error, self._count - len(self._closed))
 
 # %% ../nbs/09c_monitor.ipynb #2b320cc3
 @patch
@@ -290,18 +309,6 @@ def phase(self: VramMonitor,
 def _require_running(self: VramMonitor, method: str) -> None:
     if self not in RUNNING: raise ValidationError(f"{method} is for a monitor that runs: with VramMonitor() as monitor: …", details={"running": False})
 
-# %% ../nbs/09c_monitor.ipynb #c49ac54c
-@patch(as_prop=True)
-def timeline(self: VramMonitor) -> MemoryTimeline:
-    "What has been measured until now."
-    with LOCK:
-        if self._started is None: raise ValidationError("nothing is measured yet: with VramMonitor() as monitor: …", details={"running": False})
-        if self in RUNNING: self._safely(self._border)
-        spans = sorted(((s.phase, s.start, self._now() if s.end is None else s.end) for s in [*self._closed, *self._open]), key=lambda span: span[1])
-        seconds, allocated, reserved = zip(*self._samples)
-        return MemoryTimeline(np.array(seconds), np.array(allocated), np.array(reserved), spans, self.baseline, {p: n - self.baseline for p, n in self._peaks.items()},
-                              self._peak - self.baseline, self.device, self._meter.exact, self.error, self._count - len(self._closed))
-
 # %% ../nbs/09c_monitor.ipynb #d24c7ea6
 class Covered:
     "A method of one object, which tells listeners when it is called."
@@ -334,6 +341,25 @@ def listen(owner: object, name: str, listener: Callable) -> Covered:
     covered.listeners.append(listener)
     return covered
 
+# %% ../nbs/09c_monitor.ipynb #80a80703
+def watchable(pipeline: "DiffusionPipeline") -> list[tuple[str, object, str]]:  # phase, object, method
+    "Where a pipeline's phases can be heard."
+    import torch
+    networks = [getattr(pipeline, name, None) for name in ("unet", "transformer", "transformer_2")]
+    found = [("denoise", net, "forward") for net in networks if isinstance(net, torch.nn.Module)]
+    if not found:
+        hint = ": watch its .pipeline" if hasattr(pipeline, "pipeline") else ""
+        raise ValidationError(f"pipeline must be a diffusers pipeline with a unet or a transformer, not {type(pipeline).__name__}{hint}", details={"pipeline": type(pipeline).__name__})
+    called = [("encode", pipeline, "encode_prompt"), ("decode", getattr(pipeline, "vae", None), "decode")]
+    return found + [(phase, owner, method) for phase, owner, method in called if callable(getattr(owner, method, None))]
+
+# %% ../nbs/09c_monitor.ipynb #608cc44d
+def where_it_runs(pipeline: "DiffusionPipeline") -> str:  # such as "cuda:0"
+    "The device whose memory matters."
+    device = next(watchable(pipeline)[0][1].parameters()).device
+    plain = device.type in METERS and (device.type != "cpu" or detect_device() == "cpu")
+    return str(device if plain else pipeline._execution_device)
+
 # %% ../nbs/09c_monitor.ipynb #78540f9e
 @patch
 def _begin_step(self: VramMonitor, *_: object) -> None:
@@ -353,6 +379,7 @@ def _end_step(self: VramMonitor, *_: object) -> None:
         self._safely(self._border)
         span.between, span.tail, span.end = True, 0, self._now()
 
+# %% ../nbs/09c_monitor.ipynb #75af2a7f
 @patch
 @contextmanager
 def _around(self: VramMonitor, name: str) -> Iterator[None]:
@@ -365,25 +392,6 @@ def _around(self: VramMonitor, name: str) -> Iterator[None]:
         if span is not None and self in RUNNING:
             self._safely(self._border)
             self._finish(span)
-
-# %% ../nbs/09c_monitor.ipynb #80a80703
-def watchable(pipeline: "DiffusionPipeline") -> list[tuple[str, object, str]]:  # phase, object, method
-    "Where a pipeline's phases can be heard."
-    import torch
-    networks = [getattr(pipeline, name, None) for name in ("unet", "transformer", "transformer_2")]
-    found = [("denoise", net, "forward") for net in networks if isinstance(net, torch.nn.Module)]
-    if not found:
-        hint = ": watch its .pipeline" if hasattr(pipeline, "pipeline") else ""
-        raise ValidationError(f"pipeline must be a diffusers pipeline with a unet or a transformer, not {type(pipeline).__name__}{hint}", details={"pipeline": type(pipeline).__name__})
-    called = [("encode", pipeline, "encode_prompt"), ("decode", getattr(pipeline, "vae", None), "decode")]
-    return found + [(phase, owner, method) for phase, owner, method in called if callable(getattr(owner, method, None))]
-
-# %% ../nbs/09c_monitor.ipynb #608cc44d
-def where_it_runs(pipeline: "DiffusionPipeline") -> str:  # such as "cuda:0"
-    "The device whose memory matters."
-    device = next(watchable(pipeline)[0][1].parameters()).device
-    plain = device.type in METERS and (device.type != "cpu" or detect_device() == "cpu")
-    return str(device if plain else pipeline._execution_device)
 
 # %% ../nbs/09c_monitor.ipynb #5b6cbce0
 @patch
