@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['CONFIGS', 'REPOS', 'NO_WEIGHTS', 'ENCODERS', 'BORN', 'DIED', 'CONV', 'LINEAR', 'ENTER', 'LEAVE', 'DENOISERS',
-           'TRACES', 'MIB', 'near_models', 'config_folder', 'read_config', 'role', 'networks_of', 'network_class',
-           'meta_network', 'Recorder', 'layers_of', 'watch_layers', 'attention_result', 'textbook_attention',
-           'tensors_in', 'question', 'Answers', 'recording', 'Trace', 'trace_call', 'Shape', 'text_length', 'meta',
-           'unet_inputs', 'sd3_inputs', 'flux_inputs', 'pixart_inputs', 'encoder_call', 'Switches', 'prepare', 'Layer',
-           'quantizable', 'TracedPart', 'describe_layers', 'latent_factor', 'decode_call', 'pipeline_kind', 'make_call',
-           'releases', 'trace_key', 'write_trace', 'read_trace', 'take_trace', 'known_trace', 'trace_part',
-           'CachingAllocator', 'replay']
+           'TRACES', 'MIB', 'near_models', 'config_folder', 'read_config', 'pipeline_kind', 'role', 'networks_of',
+           'network_class', 'meta', 'meta_network', 'Recorder', 'layers_of', 'watch_layers', 'attention_result',
+           'textbook_attention', 'tensors_in', 'question', 'Answers', 'recording', 'Trace', 'trace_call', 'Shape',
+           'text_length', 'unet_inputs', 'sd3_inputs', 'flux_inputs', 'pixart_inputs', 'encoder_call', 'Switches',
+           'prepare', 'latent_factor', 'decode_call', 'make_call', 'Layer', 'quantizable', 'describe_layers',
+           'releases', 'trace_key', 'TracedPart', 'write_trace', 'read_trace', 'take_trace', 'known_trace',
+           'trace_part', 'rounded', 'segment_bytes', 'CachingAllocator', 'replay']
 
 # %% ../nbs/09b_tracing.ipynb #79075c8d
 import hashlib, json, weakref
@@ -46,7 +46,6 @@ def near_models(name: str) -> list[str]:  # the nearest first
     inside = sorted((k for k in known if name and name.lower() in k), key=lambda k: (not k.startswith(name.lower()), len(k)))
     return list(dict.fromkeys(known[k] for k in inside or get_close_matches(name.lower(), known, cutoff=.5)))[:3]
 
-
 # %% ../nbs/09b_tracing.ipynb #5a1d7e04
 def config_folder(model: str | Path,  # alias, Hub id, or folder
                   ) -> Path:  # a folder with the model's configuration; weights are not needed
@@ -62,21 +61,25 @@ def config_folder(model: str | Path,  # alias, Hub id, or folder
                               "in the cache, or a folder with a model_index.json or config.json", details={"model": str(model), "known": list(REPOS), "nearest": near}, original_error=e)
 
 # %% ../nbs/09b_tracing.ipynb #9170ce90
-NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor", "Solver")
-
 def read_config(file: Path) -> dict:
     "A configuration, or an error that names the file."
     try: return read_json(file)
     except (ModelLoadError, RecursionError) as e:
         raise ValidationError(f"{file} is no configuration: a JSON object is expected ({e})", details={"file": str(file)}, original_error=e)
 
+def pipeline_kind(folder: Path) -> str:  # a class of diffusers; "": a single model
+    "Which pipeline a folder is for."
+    index = folder / "model_index.json"
+    return str(read_config(index).get("_class_name", "")) if index.exists() else ""
+
 def role(folder: Path) -> str:  # "unet", "transformer", "vae"; "": a model of its own
     "What a pipeline would call a network."
     cls = str(read_config(folder / "config.json").get("_class_name"))
     return "unet" if cls.startswith("UNet") else "vae" if cls.startswith("Autoencoder") else "transformer" if "Transformer" in cls else ""
 
-
 # %% ../nbs/09b_tracing.ipynb #5a1d7e05
+NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor", "Solver")
+
 def networks_of(folder: Path) -> dict[str, Path]:  # by component
     "The networks of a model, each with the folder of its configuration."
     index = folder / "model_index.json"
@@ -103,6 +106,11 @@ def network_class(part: Path) -> type:
     return getattr(import_module("transformers"), next((name for name in named if name in ENCODERS), "AutoModel"))
 
 # %% ../nbs/09b_tracing.ipynb #5a1d7e07
+def meta(*shape: int, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
+    "A tensor without content, in bfloat16 unless said otherwise."
+    import torch
+    return torch.empty(shape, device="meta", dtype=dtype or torch.bfloat16)
+
 def meta_network(part: Path) -> "torch.nn.Module":  # in bfloat16, on the meta device
     "A network without weights."
     import torch
@@ -142,17 +150,13 @@ class Recorder:
         number, size, scaled = self.live.pop(key)
         if self.open: self.events.append((DIED, number, size, 0, scaled))
 
-    def enter(self, layer: int) -> None:
-        "Note that a layer begins."
-        self.layer = layer
-        self.events.append((ENTER, layer, 0, 0, True))
-
-    def leave(self, layer: int) -> None:
-        "Note that a layer ends."
-        self.layer = 0
-        self.events.append((LEAVE, layer, 0, 0, True))
-
 # %% ../nbs/09b_tracing.ipynb #d4fdc447
+@patch
+def cross(self: Recorder, kind: int, layer: int) -> None:
+    "Note that a layer begins or ends."
+    self.layer = layer if kind == ENTER else 0
+    self.events.append((kind, layer, 0, 0, True))
+
 def layers_of(network: "torch.nn.Module") -> list[tuple[str, "torch.nn.Module"]]:
     "The modules that have weights or buffers of their own, with their names."
     own = lambda m: next(m.parameters(recurse=False), None) is not None or next(m.buffers(recurse=False), None) is not None
@@ -163,8 +167,8 @@ def watch_layers(network: "torch.nn.Module", recorder: Recorder) -> Iterator[Non
     "Note when layers are entered and left."
     handles = []
     for number, (_, layer) in enumerate(layers_of(network), 1):
-        handles.append(layer.register_forward_pre_hook(lambda *_, number=number: recorder.enter(number)))
-        handles.append(layer.register_forward_hook(lambda *_, number=number: recorder.leave(number)))
+        handles.append(layer.register_forward_pre_hook(lambda *_, number=number: recorder.cross(ENTER, number)))
+        handles.append(layer.register_forward_hook(lambda *_, number=number: recorder.cross(LEAVE, number)))
     try: yield
     finally:
         for h in handles: h.remove()
@@ -284,11 +288,6 @@ def text_length(pipeline: str,  # the pipeline's class
     "How many tokens T5 is given."
     return {"FluxPipeline": 512, "StableDiffusion3Pipeline": 256, "PixArtSigmaPipeline": 300}.get(pipeline, 120)
 
-def meta(*shape: int, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
-    "A tensor without content, in bfloat16 unless said otherwise."
-    import torch
-    return torch.empty(shape, device="meta", dtype=dtype or torch.bfloat16)
-
 # %% ../nbs/09b_tracing.ipynb #b571fbfd
 def unet_inputs(unet: "UNet2DConditionModel", b: int, h: int, w: int, folder: Path) -> dict:
     "What Stable Diffusion gives its UNet."
@@ -358,6 +357,36 @@ def prepare(net: "torch.nn.Module", switches: Switches) -> None:
     elif kind in DENOISERS and switches.attention == "sliced":
         raise ValidationError(f"attention='sliced' is for UNets, and this model has a {kind}: use 'sdpa', which needs less", details={"attention": "sliced", "network": kind})
 
+# %% ../nbs/09b_tracing.ipynb #5e026cb4
+def latent_factor(folder: Path) -> int:  # 8 for all of Stable Diffusion
+    "How many pixels one latent stands for, in each direction."
+    file = folder / "vae" / "config.json"
+    blocks = read_config(file).get("block_out_channels", [64]) if file.exists() else [64] * 4
+    if isinstance(blocks, list) and blocks: return 2 ** (len(blocks) - 1)
+    raise ValidationError(f"{file}: block_out_channels={blocks!r:.60} must be a list of numbers", details={"file": str(file)})
+
+def decode_call(vae: "AutoencoderKL", batch: int, h: int, w: int) -> tuple[Callable[[], object], Sequence["torch.Tensor"]]:  # and its inputs
+    "How a VAE decodes; of many slices the first are taken as done, for the last two are the worst."
+    import torch
+    latents, sides = meta(batch, vae.config.latent_channels, h, w), [side * 2 ** (len(vae.config.block_out_channels) - 1) for side in (h, w)]
+    if not vae.use_slicing or batch < 3: return lambda: vae.decode(latents, return_dict=False), [latents]
+    def sliced(): return torch.cat([meta(batch - 2, vae.config.out_channels, *sides), *vae.decode(latents[:2], return_dict=False)])
+    return sliced, [latents]
+
+# %% ../nbs/09b_tracing.ipynb #5a1d7e08
+def make_call(net: "torch.nn.Module", folder: Path, shape: Shape) -> tuple[Callable[[], object] | None, Sequence["torch.Tensor"]]:  # and its inputs; None: it is not run
+    "How a network is run, whatever it is."
+    kind, config = type(net).__name__, net.config
+    if kind == "StableDiffusionSafetyChecker": return None, ()
+    if kind in DENOISERS or kind == "AutoencoderKL": h, w = (side // latent_factor(folder) for side in (shape.height, shape.width))
+    if kind in DENOISERS:
+        inputs = DENOISERS[kind](net, shape.batch * (2 if shape.guidance and kind != "FluxTransformer2DModel" else 1), h, w, folder)
+        return lambda: net(**inputs, return_dict=False), tensors_in(inputs)
+    if kind == "AutoencoderKL": return decode_call(net, shape.batch, h, w)
+    if getattr(config, "model_type", "") not in ("clip", "siglip", "clip_text_model", "clip_vision_model", "t5"):
+        raise ValidationError(f"a {kind} is not supported: {', '.join(DENOISERS)}, AutoencoderKL, CLIP, SigLIP and T5 are", details={"class": kind})
+    return encoder_call(net, shape.batch, text_length(pipeline_kind(folder)) if config.model_type == "t5" else 77)
+
 # %% ../nbs/09b_tracing.ipynb #86ca7137
 @dataclass(frozen=True)
 class Layer:
@@ -381,14 +410,6 @@ def quantizable(net: "torch.nn.Module") -> set[str]:
     return {name for name in linear if should_convert_module(name, spared)}
 
 # %% ../nbs/09b_tracing.ipynb #66857101
-@dataclass(frozen=True, eq=False)
-class TracedPart:
-    "One network, and what a run of it holds."
-    kind: str  # its class
-    layers: tuple["Layer", ...]
-    config: dict
-    trace: Trace | None  # None: has weights and is not run
-
 def describe_layers(net: "torch.nn.Module") -> tuple[Layer, ...]:
     "The weights of a network, layer by layer, each tensor once."
     seen, found, linear = set(), [], quantizable(net)
@@ -399,43 +420,6 @@ def describe_layers(net: "torch.nn.Module") -> tuple[Layer, ...]:
         found.append(Layer(name, name in linear, any(w in name.split(".") for w in whole), tuple((n, tuple(p.shape)) for n, p in m.named_parameters(recurse=False) if fresh([p])),
                            sum(b.numel() for b in buffers if b.is_floating_point()), sum(b.nbytes for b in buffers if not b.is_floating_point())))
     return tuple(found)
-
-# %% ../nbs/09b_tracing.ipynb #5e026cb4
-def latent_factor(folder: Path) -> int:  # 8 for all of Stable Diffusion
-    "How many pixels one latent stands for, in each direction."
-    file = folder / "vae" / "config.json"
-    blocks = read_config(file).get("block_out_channels", [64]) if file.exists() else [64] * 4
-    if isinstance(blocks, list) and blocks: return 2 ** (len(blocks) - 1)
-    raise ValidationError(f"{file}: block_out_channels={blocks!r:.60} must be a list of numbers", details={"file": str(file)})
-
-def decode_call(vae: "AutoencoderKL", batch: int, h: int, w: int) -> tuple[Callable[[], object], Sequence["torch.Tensor"]]:  # and its inputs
-    "How a VAE decodes; of many slices the first are taken as done, for the last two are the worst."
-    import torch
-    latents, sides = meta(batch, vae.config.latent_channels, h, w), [side * 2 ** (len(vae.config.block_out_channels) - 1) for side in (h, w)]
-    if not vae.use_slicing or batch < 3: return lambda: vae.decode(latents, return_dict=False), [latents]
-    def sliced(): return torch.cat([meta(batch - 2, vae.config.out_channels, *sides), *vae.decode(latents[:2], return_dict=False)])
-    return sliced, [latents]
-
-
-
-# %% ../nbs/09b_tracing.ipynb #5a1d7e08
-def pipeline_kind(folder: Path) -> str:  # a class of diffusers; "": a single model
-    "Which pipeline a folder is for."
-    index = folder / "model_index.json"
-    return str(read_config(index).get("_class_name", "")) if index.exists() else ""
-
-def make_call(net: "torch.nn.Module", folder: Path, shape: Shape) -> tuple[Callable[[], object] | None, Sequence["torch.Tensor"]]:  # and its inputs; None: it is not run
-    "How a network is run, whatever it is."
-    kind, config = type(net).__name__, net.config
-    if kind == "StableDiffusionSafetyChecker": return None, ()
-    if kind in DENOISERS or kind == "AutoencoderKL": h, w = (side // latent_factor(folder) for side in (shape.height, shape.width))
-    if kind in DENOISERS:
-        inputs = DENOISERS[kind](net, shape.batch * (2 if shape.guidance and kind != "FluxTransformer2DModel" else 1), h, w, folder)
-        return lambda: net(**inputs, return_dict=False), tensors_in(inputs)
-    if kind == "AutoencoderKL": return decode_call(net, shape.batch, h, w)
-    if getattr(config, "model_type", "") not in ("clip", "siglip", "clip_text_model", "clip_vision_model", "t5"):
-        raise ValidationError(f"a {kind} is not supported: {', '.join(DENOISERS)}, AutoencoderKL, CLIP, SigLIP and T5 are", details={"class": kind})
-    return encoder_call(net, shape.batch, text_length(pipeline_kind(folder)) if config.model_type == "t5" else 77)
 
 # %% ../nbs/09b_tracing.ipynb #1d2e1616
 @lru_cache
@@ -450,6 +434,14 @@ def trace_key(part: Path, shape: Shape, switches: Switches) -> str:
     return hashlib.sha256(repr(made_from).encode()).hexdigest()[:24]
 
 # %% ../nbs/09b_tracing.ipynb #f7e74a02
+@dataclass(frozen=True, eq=False)
+class TracedPart:
+    "One network, and what a run of it holds."
+    kind: str  # its class
+    layers: tuple["Layer", ...]
+    config: dict
+    trace: Trace | None  # None: has weights and is not run
+
 def write_trace(traced: TracedPart, file: Path) -> None:
     "Keep a trace."
     about = json.dumps([traced.kind, [astuple(layer) for layer in traced.layers], traced.config], default=str)
@@ -487,9 +479,18 @@ def trace_part(part: Path, shape: Shape, switches: Switches = Switches()) -> Tra
     except Exception as e:
         raise ValidationError(f"{part} cannot be traced: {reason(e)}", details={"folder": str(part)} | getattr(e, "details", {}), original_error=e)
 
-# %% ../nbs/09b_tracing.ipynb #69ca7c38
+# %% ../nbs/09b_tracing.ipynb #1ec3259b
 MIB = 2**20
 
+def rounded(size: int) -> int:  # bytes
+    "What a tensor takes of a block."
+    return max(512, -(-size // 512) * 512)
+
+def segment_bytes(size: int) -> int:  # of a tensor, rounded
+    "What is asked of the device when no block fits."
+    return 2 * MIB if size <= MIB else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+
+# %% ../nbs/09b_tracing.ipynb #69ca7c38
 @dataclass
 class CachingAllocator:
     "PyTorch's allocator for GPUs, without memory."
@@ -501,7 +502,7 @@ class CachingAllocator:
 
     def take(self, size: int) -> int:  # address
         "Find room for a tensor."
-        size = max(512, -(-size // 512) * 512)
+        size = rounded(size)
         small = size <= MIB
         pool = self.free[small]
         at = bisect_left(pool, (size, -1))
@@ -513,7 +514,7 @@ class CachingAllocator:
 
     def grow(self, size: int) -> int:  # address
         "Ask the device for a segment."
-        segment = 2 * MIB if size <= MIB else 20 * MIB if size < 10 * MIB else -(-size // (2 * MIB)) * 2 * MIB
+        segment = segment_bytes(size)
         self.segments += 1
         address = self.segments << 50
         self.reserved += segment
@@ -531,10 +532,11 @@ def split(self: CachingAllocator, address: int, block: list, size: int, pool: li
     insort(pool, (block[0] - size, right))
     block[0], block[2] = size, right
 
+# %% ../nbs/09b_tracing.ipynb #c9d0d012
 @patch
 def give(self: CachingAllocator, address: int, size: int) -> None:
     "Free a tensor, and join its block with free neighbours."
-    pool, block = self.free[max(512, -(-size // 512) * 512) <= MIB], self.blocks[address]
+    pool, block = self.free[rounded(size) <= MIB], self.blocks[address]
     block[3] = True
     if block[2] is not None and self.blocks[block[2]][3]: self.join(address, block[2], pool, block[2])
     if block[1] is not None and self.blocks[block[1]][3]:
