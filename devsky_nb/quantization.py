@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SETTINGS', 'BACKENDS', 'VAE_MODES', 'VAE_FIX', 'MANIFEST', 'FORMAT', 'OPTIONS', 'bnb_settings',
-           'settings_label', 'check_settings', 'corrected_call', 'config_settings', 'check_parts',
-           'check_pipeline_call', 'pipeline_settings', 'stored_bytes', 'without_casts', 'hush_casts', 'repacks',
-           'crashing_layers', 'empty_network', 'load_on_cpu', 'weight_files', 'load_network', 'quantized_layers',
-           'Guarded', 'refuse_cast', 'repacked', 'guard', 'vae_mode', 'load_vae', 'accept_half', 'PartReport',
-           'LoadReport', 'packed_bytes', 'weight_bytes', 'check_memory', 'peak_warning', 'Request', 'make_request',
-           'one_cpu', 'build', 'stored_dtype', 'by_library', 'finish', 'protect', 'build_or_fall_back', 'forget',
-           'quantized_cache', 'checkpoint_folder', 'list_files', 'write_checkpoint', 'partial_folder', 'sync',
-           'clear_partial', 'read_manifest', 'read_checkpoint', 'check_runs_here', 'save_quantized', 'copy_checkpoint',
-           'load_quantized', 'load_sdxl', 'from_cache', 'to_cache', 'load_sdxl_pipeline_with_quantization_v1',
+           'settings_label', 'check_settings', 'corrected_call', 'config_settings', 'check_parts', 'pipeline_settings',
+           'check_pipeline_call', 'stored_bytes', 'quantized_layers', 'without_casts', 'hush_casts', 'repacks',
+           'crashing_layers', 'empty_network', 'weight_files', 'load_on_cpu', 'load_network', 'Guarded', 'refuse_cast',
+           'repacked', 'guard', 'vae_mode', 'load_vae', 'accept_half', 'PartReport', 'LoadReport', 'packed_bytes',
+           'weight_bytes', 'check_memory', 'peak_warning', 'Request', 'one_cpu', 'make_request', 'build',
+           'stored_dtype', 'by_library', 'finish', 'protect', 'forget', 'build_or_fall_back', 'quantized_cache',
+           'checkpoint_folder', 'partial_folder', 'sync', 'clear_partial', 'list_files', 'write_checkpoint',
+           'read_manifest', 'check_runs_here', 'read_checkpoint', 'save_quantized', 'copy_checkpoint', 'load_quantized',
+           'from_cache', 'to_cache', 'load_sdxl', 'load_sdxl_pipeline_with_quantization_v1',
            'load_sdxl_pipeline_with_quantization_v2']
 
 # %% ../nbs/09_quantization.ipynb #9115a18e
@@ -21,9 +21,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
+from html import escape
 from importlib.metadata import version
+from math import prod
 from pathlib import Path
 
+from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from .cache import html_table, hub_cache
@@ -95,6 +98,19 @@ def check_parts(chosen: list[str] | None, available: list[str]) -> None:
         raise ValidationError(f"the pipeline has no network {name!r}{f': did you mean {near[0]!r}?' if near else '.'} There are {', '.join(available)}",
                               details={"component": name, "available": list(available)})
 
+# %% ../nbs/09_quantization.ipynb #a04f6618
+def pipeline_settings(config: "PipelineQuantizationConfig", available: list[str]) -> dict[str, dict]:  # by network
+    "What a pipeline's configuration says about each network, checked."
+    if config.quant_mapping:
+        chosen = {name: config_settings(c) for name, c in config.quant_mapping.items()}
+        for settings in chosen.values(): check_settings(settings)
+    else:
+        check_settings(config.quant_kwargs, config.quant_backend)
+        chosen = {name: dict(config.quant_kwargs) for name in config.components_to_quantize or []}
+    check_parts(list(chosen), available)
+    return chosen
+
+# %% ../nbs/09_quantization.ipynb #076e8d60
 def check_pipeline_call(quantization_config: object = None,  # as given to a pipeline's from_pretrained
                         available: list[str] = (*PARTS, "vae"),  # the pipeline's networks
                         **options: object,  # the call's other keywords
@@ -110,18 +126,6 @@ def check_pipeline_call(quantization_config: object = None,  # as given to a pip
                               details={"given": kind})
     return pipeline_settings(quantization_config, available)
 
-# %% ../nbs/09_quantization.ipynb #a04f6618
-def pipeline_settings(config: "PipelineQuantizationConfig", available: list[str]) -> dict[str, dict]:  # by network
-    "What a pipeline's configuration says about each network, checked."
-    if config.quant_mapping:
-        chosen = {name: config_settings(c) for name, c in config.quant_mapping.items()}
-        for settings in chosen.values(): check_settings(settings)
-    else:
-        check_settings(config.quant_kwargs, config.quant_backend)
-        chosen = {name: dict(config.quant_kwargs) for name in config.components_to_quantize or []}
-    check_parts(list(chosen), available)
-    return chosen
-
 # %% ../nbs/09_quantization.ipynb #aca7f689
 def stored_bytes(network: "torch.nn.Module") -> int:
     "Memory of a network's weights, with the scales that 4 and 8 bits need and other counts forget."
@@ -132,6 +136,11 @@ def stored_bytes(network: "torch.nn.Module") -> int:
         for t in (getattr(weight, "SCB", None), *(getattr(s, name, None) for s in (state, nested) for name in ("absmax", "code", "offset"))):
             if t is not None and hasattr(t, "untyped_storage"): extra[t.data_ptr()] = t.nbytes
     return model_bytes(network) + sum(extra.values())
+
+def quantized_layers(network: "torch.nn.Module") -> int:
+    "How many layers hold their weights in 8 or 4 bits."
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    return sum(isinstance(layer, Linear4bit | Linear8bitLt) for layer in network.modules())
 
 # %% ../nbs/09_quantization.ipynb #ecfd1013
 def without_casts(record: logging.LogRecord) -> bool:
@@ -165,6 +174,12 @@ def empty_network(part: Path) -> "torch.nn.Module":  # its tensors are on the me
         if hasattr(cls, "load_config"): return cls.from_config({k: v for k, v in cls.load_config(part).items() if k != "quantization_config"})
         return cls(cls.config_class.from_pretrained(part))
 
+# %% ../nbs/09_quantization.ipynb #6eb5ebb4
+def weight_files(part: Path, dtype: "torch.dtype") -> list[Path]:
+    "The files from which a network is read."
+    mark = "".join(f".{v}" for v in weights_variant(part, dtype).values())
+    return sorted(p for p in part.glob(f"*{mark}.safetensors") if mark or p.name.count(".") == 1)
+
 # %% ../nbs/09_quantization.ipynb #3bbafc48
 def load_on_cpu(part: Path,  # folder of a network of diffusers
                 dtype: "torch.dtype",
@@ -191,11 +206,6 @@ def load_on_cpu(part: Path,  # folder of a network of diffusers
     network.register_to_config(quantization_config=quantizer.quantization_config)
     return network.eval().requires_grad_(False)
 
-def weight_files(part: Path, dtype: "torch.dtype") -> list[Path]:
-    "The files from which a network is read."
-    mark = "".join(f".{v}" for v in weights_variant(part, dtype).values())
-    return sorted(p for p in part.glob(f"*{mark}.safetensors") if mark or p.name.count(".") == 1)
-
 # %% ../nbs/09_quantization.ipynb #2a30b126
 def load_network(part: Path,
                  dtype: "torch.dtype",
@@ -216,12 +226,6 @@ def load_network(part: Path,
     if of_diffusers and device == "cpu": return load_on_cpu(part, dtype, settings), alone
     config = (diffusers if of_diffusers else transformers).BitsAndBytesConfig(**settings)
     return load_part(cls, part, dtype, quantization_config=config, **options), alone
-
-# %% ../nbs/09_quantization.ipynb #33decc42
-def quantized_layers(network: "torch.nn.Module") -> int:
-    "How many layers hold their weights in 8 or 4 bits."
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
-    return sum(isinstance(layer, Linear4bit | Linear8bitLt) for layer in network.modules())
 
 # %% ../nbs/09_quantization.ipynb #5c3119c4
 class Guarded:
@@ -282,6 +286,7 @@ def vae_mode(vae: str,  # one of `VAE_MODES`
     if vae in ("fp32", "upcast"): return vae
     return "same" if not force_upcast else "upcast" if dtype == torch.float16 else "fp32"
 
+# %% ../nbs/09_quantization.ipynb #8bac1839
 def load_vae(part: Path, dtype: "torch.dtype", vae: str) -> tuple["torch.nn.Module", str]:  # and its mode
     "Load the VAE that fits the pipeline's number format."
     import torch
@@ -337,43 +342,45 @@ class LoadReport:
         "Memory of all weights."
         return sum(p.bytes_after for p in self.parts)
 
-    def _lines(self) -> list[str]:
-        "What is to be said in words."
-        notes = [f"fallback: {self.fallback}"] if self.fallback else []
-        for p in self.parts:
-            if p.left_alone: notes.append(f"{p.name}: {len(p.left_alone)} layers left alone, such as {p.left_alone[0]}: this processor would crash on them in 4 bits")
-        return notes + self.warnings
+# %% ../nbs/09_quantization.ipynb #673af71f
+@patch
+def _lines(self: LoadReport) -> list[str]:
+    "What is to be said in words."
+    notes = [f"fallback: {self.fallback}"] if self.fallback else []
+    for p in self.parts:
+        if p.left_alone: notes.append(f"{p.name}: {len(p.left_alone)} layers left alone, such as {p.left_alone[0]}: this processor would crash on them in 4 bits")
+    return notes + self.warnings
 
-    def __repr__(self) -> str:
-        before = sum(p.bytes_before for p in self.parts)
-        rows = [f"{p.name:15} {p.precision:9} {p.layers:4} layers {format_bytes(p.bytes_before):>10} -> {format_bytes(p.bytes_after):>10}" for p in self.parts]
-        head = f"{self.model} as {self.label} on {self.device}: {format_bytes(before)} -> {format_bytes(self.bytes_after)}"
-        return "\n".join([head, *rows, *self._lines()])
+@patch
+def __repr__(self: LoadReport) -> str:
+    before = sum(p.bytes_before for p in self.parts)
+    rows = [f"{p.name:15} {p.precision:9} {p.layers:4} layers {format_bytes(p.bytes_before):>10} -> {format_bytes(p.bytes_after):>10}" for p in self.parts]
+    head = f"{self.model} as {self.label} on {self.device}: {format_bytes(before)} -> {format_bytes(self.bytes_after)}"
+    return "\n".join([head, *rows, *self._lines()])
 
-    def _repr_html_(self) -> str:
-        rows = [(p.name, p.kind, p.precision, p.layers, format_bytes(p.bytes_before), format_bytes(p.bytes_after)) for p in self.parts]
-        head = f"{self.model} as {self.label} on {self.device}, {self.seconds:.1f} s"
-        from html import escape
-        return html_table(head, ("network", "class", "precision", "layers", "before", "after"), rows) + "".join(f"<p>{escape(line)}</p>" for line in self._lines())
+@patch
+def _repr_html_(self: LoadReport) -> str:
+    rows = [(p.name, p.kind, p.precision, p.layers, format_bytes(p.bytes_before), format_bytes(p.bytes_after)) for p in self.parts]
+    head = f"{self.model} as {self.label} on {self.device}"
+    return html_table(head, ("network", "class", "precision", "layers", "before", "after"), rows) + "".join(f"<p>{escape(line)}</p>" for line in self._lines())
 
-# %% ../nbs/09_quantization.ipynb #a9380247
+# %% ../nbs/09_quantization.ipynb #c758067b
 def packed_bytes(shape: tuple[int, ...],  # of a linear layer's weight
                  label: str,  # "int8", "nf4", "nf4-dq", "fp4"
                  ) -> int:
     "What bitsandbytes stores for a weight, its scales and tables included."
-    from math import prod
     n = prod(shape)
     if label == "int8": return n + 4 * shape[0]
     blocks = -(-n // 64)
     scales = blocks + 4 * -(-blocks // 256) + 4 * 256 + 4 if label.endswith("-dq") else 4 * blocks
     return -(-n // 2) + scales + 4 * 16
 
+# %% ../nbs/09_quantization.ipynb #a9380247
 def weight_bytes(folder: Path,
                  dtype: "torch.dtype",
                  labels: dict[str, str] | None = None,  # by network; those that are not there stay in `dtype`
                  ) -> int:
     "What a pipeline's weights will take, as the headers of its files say."
-    from math import prod
     from safetensors import safe_open
     total = 0
     for part in weight_folders(folder):
@@ -386,6 +393,7 @@ def weight_bytes(folder: Path,
                     total += packed_bytes(shape, label) if linear else prod(shape) * dtype.itemsize
     return total
 
+# %% ../nbs/09_quantization.ipynb #3cda2bb3
 def check_memory(folder: Path, dtype: "torch.dtype", labels: dict[str, str], device: str, budget: int | None) -> None:
     "Refuse what cannot fit, and say what would."
     free = memory_info(device).free if budget is None else budget
@@ -440,6 +448,12 @@ class Request:
         return "+".join(sorted(set(self.labels.values()))) or str(self.dtype).removeprefix("torch.")
 
 # %% ../nbs/09_quantization.ipynb #554e97fb
+MANIFEST = "quantized.json"  # in a folder of quantized weights
+
+def one_cpu(device: str) -> str:
+    "The device's name, without a number if there is but one."
+    return "cpu" if device.partition(":")[0] == "cpu" else device
+
 def make_request(model_id: str | Path, device: str | None, dtype: "torch.dtype | None", settings: dict[str, dict], vae: str,
                  cache_dir: str | Path | None, offline: bool | None) -> Request:
     "Check what was asked, before anything is read."
@@ -457,12 +471,6 @@ def make_request(model_id: str | Path, device: str | None, dtype: "torch.dtype |
     name = Path(model_id).name if folder == Path(model_id).expanduser().absolute() else str(model_id)
     vae_folder = locate_model(VAE_FIX, cache_dir, offline) if vae == "fp16-fix" else folder / "vae"
     return Request(name, folder, device, dtype, settings, vae, vae_folder, cache_dir)
-
-def one_cpu(device: str) -> str:
-    "The device's name, without a number if there is but one."
-    return "cpu" if device.partition(":")[0] == "cpu" else device
-
-MANIFEST, FORMAT = "quantized.json", 1
 
 # %% ../nbs/09_quantization.ipynb #79335071
 def build(request: Request,
@@ -517,6 +525,14 @@ def protect(pipeline: "StableDiffusionXLPipeline", report: LoadReport) -> "Stabl
     pipeline.load_report = report
     return pipeline
 
+# %% ../nbs/09_quantization.ipynb #3c75b94e
+def forget(error: BaseException) -> None:
+    "Give back what an error's traceback holds."
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    release_memory()
+
 # %% ../nbs/09_quantization.ipynb #839c4498
 def build_or_fall_back(request: Request,
                        report: LoadReport,
@@ -540,14 +556,6 @@ def build_or_fall_back(request: Request,
     report.parts, report.bytes_read, report.label, report.fallback = [], 0, plain.label, f"{reason}; loaded as {plain.label}"
     return build_or_fall_back(plain, report, False, budget)
 
-# %% ../nbs/09_quantization.ipynb #3c75b94e
-def forget(error: BaseException) -> None:
-    "Give back what an error's traceback holds."
-    while error is not None:
-        traceback.clear_frames(error.__traceback__)
-        error = error.__cause__ or error.__context__
-    release_memory()
-
 # %% ../nbs/09_quantization.ipynb #44443e34
 def quantized_cache(cache_dir: str | Path | None = None,  # Hub cache; None: the usual one
                     ) -> Path:  # beside the Hub's cache, which its own tools scan
@@ -564,27 +572,6 @@ def checkpoint_folder(request: Request) -> Path:
     key = json.dumps([source, request.settings, str(request.dtype), request.vae, request.vae_folder.name, kind, versions], sort_keys=True, default=str)
     name = f"{request.model.replace('/', '--')}-{request.label}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     return quantized_cache(request.cache_dir) / name
-
-def list_files(folder: Path) -> dict[str, list]:  # relative name: bytes, sha256
-    "What a folder holds, with checksums."
-    listing = {}
-    for path in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST):
-        with path.open("rb") as f: listing[path.relative_to(folder).as_posix()] = [path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
-    return listing
-
-# %% ../nbs/09_quantization.ipynb #2853fa4e
-def write_checkpoint(pipeline: "StableDiffusionXLPipeline",
-                     folder: Path,
-                     ) -> None:
-    "Write a quantized pipeline, all or nothing; if it is there already, leave that."
-    from safetensors import SafetensorError
-    report = pipeline.load_report.to_dict()
-    about = {"format": FORMAT} | {name: report[name] for name in ("model", "revision", "label", "dtype", "vae", "asked", "parts")}
-    with partial_folder(folder) as partial:
-        try:
-            with quiet("transformers", "diffusers"): pipeline.save_pretrained(str(partial), safe_serialization=True)
-        except SafetensorError as e: raise OSError(str(e)) from e
-        (partial / MANIFEST).write_text(json.dumps({**about, "files": list_files(partial)}, indent=1, default=str) + "\n")
 
 # %% ../nbs/09_quantization.ipynb #e470e208
 @contextmanager
@@ -615,6 +602,29 @@ def clear_partial(folder: Path, age: float = 86_400.,  # seconds
     for path in folder.glob(".*.partial"):
         if time.time() - path.stat().st_mtime > age: shutil.rmtree(path, ignore_errors=True)
 
+# %% ../nbs/09_quantization.ipynb #2853fa4e
+FORMAT = 1  # of the manifest
+
+def list_files(folder: Path) -> dict[str, list]:  # relative name: bytes, sha256
+    "What a folder holds, with checksums."
+    listing = {}
+    for path in sorted(f for f in folder.rglob("*") if f.is_file() and f.name != MANIFEST):
+        with path.open("rb") as f: listing[path.relative_to(folder).as_posix()] = [path.stat().st_size, hashlib.file_digest(f, "sha256").hexdigest()]
+    return listing
+
+def write_checkpoint(pipeline: "StableDiffusionXLPipeline",
+                     folder: Path,
+                     ) -> None:
+    "Write a quantized pipeline, all or nothing; if it is there already, leave that."
+    from safetensors import SafetensorError
+    report = pipeline.load_report.to_dict()
+    about = {"format": FORMAT} | {name: report[name] for name in ("model", "revision", "label", "dtype", "vae", "asked", "parts")}
+    with partial_folder(folder) as partial:
+        try:
+            with quiet("transformers", "diffusers"): pipeline.save_pretrained(str(partial), safe_serialization=True)
+        except SafetensorError as e: raise OSError(str(e)) from e
+        (partial / MANIFEST).write_text(json.dumps({**about, "files": list_files(partial)}, indent=1, default=str) + "\n")
+
 # %% ../nbs/09_quantization.ipynb #7d8c3ade
 def read_manifest(folder: Path) -> dict:
     "A checkpoint's description, if every byte of it is as written."
@@ -627,6 +637,16 @@ def read_manifest(folder: Path) -> dict:
     if not wrong: return about
     raise ModelLoadError(f"{folder} is damaged: {wrong[0]} is not as it was written. Delete the folder and quantize again", details={"folder": str(folder), "files": wrong})
 
+# %% ../nbs/09_quantization.ipynb #3c8e2368
+def check_runs_here(network: "torch.nn.Module", part: Path) -> None:
+    "Refuse 4-bit layers from another machine that this processor would crash on."
+    from bitsandbytes.nn import Linear4bit
+    crashing = [name for name in crashing_layers(network, {"load_in_4bit": True}, "cpu") if isinstance(network.get_submodule(name), Linear4bit)]
+    if not crashing: return
+    raise ModelLoadError(f"{part.name} has {len(crashing)} layers, such as {crashing[0]}, that this processor would crash on in 4 bits: quantize the model on this machine",
+                         details={"folder": str(part), "layers": crashing})
+
+# %% ../nbs/09_quantization.ipynb #eae225ba
 def read_checkpoint(folder: Path,
                     device: str,
                     report: LoadReport,  # filled
@@ -645,15 +665,6 @@ def read_checkpoint(folder: Path,
     if about["vae"] == "fp32": accept_half(networks["vae"])
     report.parts, report.vae, report.checkpoint, report.from_checkpoint = about["parts"], about["vae"], str(folder), True
     return protect(load_pipeline(folder, dtype, **networks).to(device), report)
-
-# %% ../nbs/09_quantization.ipynb #3c8e2368
-def check_runs_here(network: "torch.nn.Module", part: Path) -> None:
-    "Refuse 4-bit layers from another machine that this processor would crash on."
-    from bitsandbytes.nn import Linear4bit
-    crashing = [name for name in crashing_layers(network, {"load_in_4bit": True}, "cpu") if isinstance(network.get_submodule(name), Linear4bit)]
-    if not crashing: return
-    raise ModelLoadError(f"{part.name} has {len(crashing)} layers, such as {crashing[0]}, that this processor would crash on in 4 bits: quantize the model on this machine",
-                         details={"folder": str(part), "layers": crashing})
 
 # %% ../nbs/09_quantization.ipynb #fcda4792
 def save_quantized(pipeline: "StableDiffusionXLPipeline",  # from one of the loaders
@@ -676,6 +687,7 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
     read_manifest(source)
     with partial_folder(folder) as partial: shutil.copytree(source, partial, dirs_exist_ok=True)
 
+# %% ../nbs/09_quantization.ipynb #d1f79f3e
 def load_quantized(folder: str | Path,  # as `save_quantized` wrote it
                    device: str | None = None,  # None: the best there is
                    ) -> "StableDiffusionXLPipeline":  # with a `load_report`
@@ -688,7 +700,27 @@ def load_quantized(folder: str | Path,  # as `save_quantized` wrote it
     report.seconds = time.perf_counter() - started
     return pipeline
 
+# %% ../nbs/09_quantization.ipynb #689dfae4
+def from_cache(request: Request, report: LoadReport) -> "StableDiffusionXLPipeline | None":
+    "The checkpoint of this request, if there is a sound one."
+    folder = checkpoint_folder(request)
+    if not folder.is_dir(): return None
+    try: return read_checkpoint(folder, request.device, report)
+    except (ModelLoadError, OSError) as e:
+        report.warnings.append(f"quantized again: {e}")
+        shutil.rmtree(folder, ignore_errors=True)
+        report.parts, report.bytes_read = [], 0
+
+def to_cache(pipeline: "StableDiffusionXLPipeline", request: Request) -> None:
+    "Keep what was quantized; if that cannot be, say so and go on."
+    try:
+        write_checkpoint(pipeline, checkpoint_folder(request))
+        pipeline.load_report.checkpoint = str(checkpoint_folder(request))
+    except OSError as e: pipeline.load_report.warnings.append(f"the quantized weights could not be kept in {quantized_cache(request.cache_dir)}: {e.strerror or e}")
+
 # %% ../nbs/09_quantization.ipynb #0b6521ea
+OPTIONS = ("dtype", "vae", "fallback", "quantize_once", "budget", "cache_dir", "offline")
+
 def load_sdxl(model_id: str | Path = "stabilityai/stable-diffusion-xl-base-1.0",  # alias, "org/name" or folder
               device: str | None = None,  # None: the best there is
               *,
@@ -720,26 +752,6 @@ def load_sdxl(model_id: str | Path = "stabilityai/stable-diffusion-xl-base-1.0",
             if quantize_once and request.settings and not report.fallback: to_cache(pipeline, request)
     report.seconds = time.perf_counter() - started
     return pipeline
-
-# %% ../nbs/09_quantization.ipynb #689dfae4
-OPTIONS = ("dtype", "vae", "fallback", "quantize_once", "budget", "cache_dir", "offline")
-
-def from_cache(request: Request, report: LoadReport) -> "StableDiffusionXLPipeline | None":
-    "The checkpoint of this request, if there is a sound one."
-    folder = checkpoint_folder(request)
-    if not folder.is_dir(): return None
-    try: return read_checkpoint(folder, request.device, report)
-    except (ModelLoadError, OSError) as e:
-        report.warnings.append(f"quantized again: {e}")
-        shutil.rmtree(folder, ignore_errors=True)
-        report.parts, report.bytes_read = [], 0
-
-def to_cache(pipeline: "StableDiffusionXLPipeline", request: Request) -> None:
-    "Keep what was quantized; if that cannot be, say so and go on."
-    try:
-        write_checkpoint(pipeline, checkpoint_folder(request))
-        pipeline.load_report.checkpoint = str(checkpoint_folder(request))
-    except OSError as e: pipeline.load_report.warnings.append(f"the quantized weights could not be kept in {quantized_cache(request.cache_dir)}: {e.strerror or e}")
 
 # %% ../nbs/09_quantization.ipynb #468f2562
 @delegates(load_sdxl, but=["quantize", "config", "asked"])
