@@ -512,17 +512,18 @@ class CachingAllocator:
         block[3] = False
         return address
 
-    def grow(self, size: int) -> int:  # address
-        "Ask the device for a segment."
-        segment = segment_bytes(size)
-        self.segments += 1
-        address = self.segments << 50
-        self.reserved += segment
-        self.most = max(self.most, self.reserved)
-        self.blocks[address] = [segment, None, None, True]
-        return address
-
 # %% ../nbs/09b_tracing.ipynb #c6cf0199
+@patch
+def grow(self: CachingAllocator, size: int) -> int:  # address
+    "Ask the device for a segment."
+    segment = segment_bytes(size)
+    self.segments += 1
+    address = self.segments << 50
+    self.reserved += segment
+    self.most = max(self.most, self.reserved)
+    self.blocks[address] = [segment, None, None, True]
+    return address
+
 @patch
 def split(self: CachingAllocator, address: int, block: list, size: int, pool: list) -> None:
     "Keep the front of a block, free the rest."
