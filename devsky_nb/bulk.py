@@ -22,6 +22,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 from .clip import CLIPImageEmbedder, Embedded, one_of
+from .device import several
 from .errors import DevSkyyError, ValidationError
 from .sources import Item, Slice, Source, open_source, read_item, slices
 
@@ -517,7 +518,7 @@ def count(self: EmbedReport, table: "pyarrow.Table") -> None:
 def __repr__(self: EmbedReport) -> str:
     why = ", ".join(f"{n} {reason}" for reason, n in sorted(self.reasons.items()))
     before = f", {self.reused} of them before" if self.reused else ""
-    return (f"{self.total} images: {self.embedded} embedded{before}, {self.duplicate} duplicate{'s'[:self.duplicate != 1]}, "
+    return (f"{several(self.total, 'image')}: {self.embedded} embedded{before}, {several(self.duplicate, 'duplicate')}, "
             f"{self.error} failed" + (f" ({why})" if why else ""))
 
 # %% ../nbs/08_bulk.ipynb #852e973b

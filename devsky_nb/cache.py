@@ -20,7 +20,7 @@ from pathlib import Path
 
 from fastcore.basics import patch
 
-from .device import format_bytes
+from .device import format_bytes, several
 from .errors import ValidationError
 
 # %% ../nbs/02_cache.ipynb #c777f7f2
@@ -305,8 +305,8 @@ class VerifyReport:
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
-        found = "all sound" if self.ok else f"{len(self.problems)} problem{'s'[:len(self.problems) > 1]}"
-        return f"{self.files} {'file' if self.files == 1 else 'files'}, {format_bytes(self.bytes)}: {found}" + (f" ({self.unverifiable} without a checksum)" if self.unverifiable else "")
+        found = "all sound" if self.ok else several(len(self.problems), "problem")
+        return f"{several(self.files, 'file')}, {format_bytes(self.bytes)}: {found}" + (f" ({self.unverifiable} without a checksum)" if self.unverifiable else "")
 
     def __repr__(self) -> str: return "\n".join([str(self), *(f"  {p}" for p in self.problems)])
 

@@ -21,9 +21,9 @@ from . import __version__
 from .bulk import SLICES, Plan, VectorPool, embed_slice, sync_folder, write_shard, writing
 from .cache import html_table
 from .clip import CLIPImageEmbedder
+from .device import several
 from .errors import DevSkyyError, MLError, ModelLoadError, ModelNotFoundError, ValidationError
 from .sources import Item, Slice
-from .validation import several
 
 # %% ../nbs/08b_cluster.ipynb #8cc6d2db
 @dataclass(frozen=True)

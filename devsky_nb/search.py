@@ -23,6 +23,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .clip import CLIPImageEmbedder
+from .device import several
 from .errors import DevSkyyError, ValidationError
 from .images import load_image
 
@@ -176,7 +177,7 @@ class Neighbours:
 
     def __repr__(self) -> str:
         lines = [f"{q}: " + ", ".join(f"{name} {s:.3f}" for name, s in zip(self.ids[q][:10], self.scores[q][:10])) for q in range(min(len(self), 10))]
-        return "\n".join([f"{self.rows.shape[1]:,} neighbours of {len(self):,} quer{'y' if len(self) == 1 else 'ies'}"] + lines + ["…"] * (len(self) > 10))
+        return "\n".join([f"{self.rows.shape[1]:,} neighbours of {several(len(self), 'query', 'queries')}"] + lines + ["…"] * (len(self) > 10))
 
     def _repr_html_(self) -> str:
         return gallery([(f"query {q}", list(zip(self.ids[q][:10], self.paths[q][:10], (f"{s:.3f}" for s in self.scores[q])))) for q in range(min(len(self), 10))])
@@ -565,7 +566,7 @@ class LookAlikes:
 
     def __repr__(self) -> str:
         lines = [f"  {', '.join(map(str, ids[:8]))}{' …' if len(ids) > 8 else ''}" for ids in self.ids[:10]]
-        title = f"{len(self):,} group{'s'[:len(self) != 1]} with {sum(map(len, self.groups)):,} vectors, cosine at least {self.cosine}"
+        title = f"{several(len(self), 'group')} with {sum(map(len, self.groups)):,} vectors, cosine at least {self.cosine}"
         return "\n".join([title] + lines + ["  …"] * (len(self) > 10))
 
     def _repr_html_(self) -> str:

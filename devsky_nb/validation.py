@@ -9,7 +9,7 @@ __all__ = ['log', 'SIDE', 'COSINE', 'DIFFERENCE', 'SURE', 'COMPANY', 'FAR', 'CRO
            'duplicate_groups', 'reads_labels', 'centroid_probabilities', 'label_findings', 'robust_z',
            'outlier_findings', 'quality_findings', 'note_findings', 'all_findings', 'nearest', 'names_clause',
            'check_sizes', 'ImageSetContract', 'shown', 'plain', 'Clause', 'ValidationReport', 'as_image_set',
-           'check_template', 'check_image_set', 'write_report', 'several', 'failure_text', 'title_of']
+           'check_template', 'check_image_set', 'write_report', 'failure_text', 'title_of']
 
 # %% ../nbs/07_validation.ipynb #3eb05ca4
 import difflib, json, logging, os, reprlib
@@ -24,6 +24,7 @@ from PIL import Image
 
 from .cache import write_atomically
 from .clip import CLIPImageEmbedder, Embedded
+from .device import several
 from .errors import DevSkyyError, ValidationError
 from .images import FORMATS, ImagePolicy, read_file
 from .search import Joined, little_picture, similar_pairs
@@ -589,11 +590,6 @@ def to_json(self: ValidationReport, path: str | Path) -> Path:  # the path
     return write_report(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
 # %% ../nbs/07_validation.ipynb #408c5f09
-def several(n: int, one: str, many: str = "") -> str:
-    "A number with its noun."
-    return f"{n:,} {one if n == 1 else many or one + 's'}"
-
-
 @patch(as_prop=True)
 def verdict(self: ValidationReport) -> str:
     "The whole report in one sentence."

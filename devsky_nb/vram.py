@@ -25,7 +25,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .cache import html_table
-from .device import format_bytes, parse_bytes
+from .device import format_bytes, parse_bytes, several
 from .errors import ValidationError
 from .monitor import MemoryTimeline, VramMonitor, plot_timeline
 from .quantization import packed_bytes
@@ -553,7 +553,7 @@ def __repr__(self: Plan) -> str:
     head = f"{self.model} in {format_bytes(self.budget)}: "
     if not self.options: return head + self.advice
     rows = [f"  {o.label:40} peak {format_bytes(o.estimate.peak_allocated):>9} in {o.estimate.peak_phase:8} {format_bytes(o.margin):>9} left" for o in self.options]
-    return "\n".join([head + ("1 way" if len(rows) == 1 else f"{len(rows)} ways, the best first"), *rows, "", self.best.code])
+    return "\n".join([head + several(len(rows), "way", "ways, the best first"), *rows, "", self.best.code])
 
 @patch
 def _repr_html_(self: Plan) -> str:
@@ -576,7 +576,7 @@ def what_would_fit(least: Option, tick: Callable[[int], object] = lambda n: None
 def checked_budget(budget: int | str) -> int:  # bytes
     "A budget that is not a number of gigabytes by mistake."
     limit = parse_bytes(budget)
-    if limit < 64 * 2**20: raise ValidationError(f"budget={budget!r} is {format_bytes(limit)}: give bytes, or a text such as '8GB' or '7.5GiB'", details={"budget": str(budget)})
+    if limit < 64 * 2**20: raise ValidationError(f"budget={budget!r} is {format_bytes(limit)}: less than 64 MiB is taken for a mistake. Give bytes, or a text such as '8GB' or '7.5GiB'", details={"budget": str(budget)})
     return limit
 
 def usual_dtype(model: str | Path, device: str) -> str:  # of `ITEMSIZE`

@@ -26,7 +26,7 @@ from PIL import Image, ImageDraw
 from .bulk import embed_images, local_tables
 from .cache import CacheReport, EvictionPlan, cache_report, hub_cache, pin, pins, plan_eviction, unpin
 from .clip import CLIPImageEmbedder
-from .device import check_device, format_bytes, parse_bytes
+from .device import check_device, format_bytes, parse_bytes, several
 from .errors import FileNotFoundError, ValidationError
 from .generation import SEEDS, QuantizedSDXLGenerator, checked_text, whole
 from .images import load_image
@@ -126,7 +126,7 @@ def _rank(self: MemoryPlanner, plan: Plan) -> None:
     try: self.options, self.ranked.options = plan.options, [(option_text(o), n) for n, o in enumerate(plan.options)]
     finally: self.settling = False
     self.ranked.value = None
-    self.verdict.value = f"<p>{len(plan.options)} ways that fit, the best first:</p>" if plan.options else f"<p>{escape(plan.advice)}</p>"
+    self.verdict.value = f"<p>{several(len(plan.options), 'way that fits', 'ways that fit, the best first')}:</p>" if plan.options else f"<p>{escape(plan.advice)}</p>"
 
 @patch
 def choose(self: MemoryPlanner, change: dict) -> None:
