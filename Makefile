@@ -28,7 +28,7 @@ docs: .venv/docs  ## the site, from the executed notebooks: _docs/index.html
 	OMP_NUM_THREADS=1 python tools/docs.py
 
 browser: .venv/browser docs  ## the site and the widgets in a real browser (Chromium must be on PATH)
-	OMP_NUM_THREADS=1 DEVSKY_BROWSER=required python -m pytest -q -m browser
+	OMP_NUM_THREADS=1 DEVSKY_BROWSER=required python -m pytest -q --numprocesses 2 --dist loadfile -m browser
 
 traces: .venv/dev  ## after a change to tracing or to the pinned libraries: take the traces that the package carries anew
 	python tools/traces.py

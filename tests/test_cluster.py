@@ -69,6 +69,7 @@ def in_background(work, *args) -> threading.Thread:
     return thread
 
 
+@pytest.mark.slow
 def test_a_worker_is_killed_after_ctrl_c_and_the_data_set_is_that_of_one_process(shop, embedder, expected, cluster, tmp_path):
     def interrupt():
         wait(lambda: list((tmp_path / ".devsky" / SLICES).glob("*.parquet")))
