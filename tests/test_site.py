@@ -8,6 +8,7 @@ from bs4 import BeautifulSoup
 
 from browser import SITE, open_page
 from devsky_nb._modidx import d as INDEX
+from devsky_nb.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
@@ -63,6 +64,13 @@ def test_own_pages_are_linked_within_the_site(pages):
 def test_every_picture_says_what_it_shows(pages):
     silent = [(name, str(i)[:80]) for name, page in pages.items() for i in page.find_all("img") if not (i.get("alt") or "").strip()]
     assert silent == [], 'the cell needs `#| fig-alt: "..."` as its first line, or the output an alt text'
+
+
+def test_definitions_stand_in_the_order_of_their_module(pages):
+    source = (ROOT / "devsky_nb" / "cli.py").read_text(encoding="utf-8")
+    defined, shown = re.findall(r"^def (\w+)", source, re.MULTILINE), [h["id"] for h in pages["cli.html"].select("main h3[id], main h2[id]")]
+    documented = [name for name in shown if name in defined and name not in COMMANDS]  # a command has a section of its name before it
+    assert len(documented) > 15 and documented == sorted(documented, key=defined.index)
 
 
 def test_every_public_name_is_on_its_page_with_a_link_to_its_source(pages):

@@ -1,9 +1,12 @@
 "What nbdev does for the site beyond its usual: `renderer` and `procs` in settings.ini."
-import inspect, re
+import ast, inspect, re
+from itertools import groupby
 
+from execnb.nbio import read_nb
 from fastcore.docments import _unwrap_sym
 from nbdev.config import get_config
-from nbdev.showdoc import BasicMarkdownRenderer
+from nbdev.process import Processor
+from nbdev.showdoc import BasicMarkdownRenderer, showdoc_nm
 
 
 class Renderer(BasicMarkdownRenderer):
@@ -31,6 +34,16 @@ def member(cls: type, name: str) -> str:
     called = found is function or isinstance(found, classmethod | staticmethod)
     call = f"({', '.join(p for p in parameters if p not in ('self', 'cls'))})" if called else ""
     return f'- <a id="{cls.__qualname__.lower()}.{name.lower()}"></a>`{name}{call}`{": " * bool(function.__doc__)}{function.__doc__ or ""}'
+
+
+class in_order(Processor):
+    "The definitions of a cell in the order in which they stand in it; nbdev puts them backwards."
+    def begin(self):
+        source = "\n".join(c.source for c in read_nb(self.nb.path_).cells if c.cell_type == "code" and c.source.startswith("#| export"))
+        order = {showdoc_nm(o): n for n, o in enumerate(ast.parse(source).body) if isinstance(o, ast.FunctionDef | ast.ClassDef)}
+        place = lambda cell: order[re.search(r"show_doc\((.*?)\)", cell.source)[1]]
+        runs = [[*run] for _, run in groupby(self.nb.cells, lambda cell: hasattr(cell, "has_sd") or id(cell))]
+        self.nb.cells[:] = [cell for run in runs for cell in (sorted(run, key=place) if hasattr(run[0], "has_sd") else run)]
 
 
 def site_links(cell):
