@@ -36,7 +36,8 @@ print(sum(t.nbytes for net in nets for t in (*net.parameters(), *net.buffers()))
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not count the highest resident size")
-@pytest.mark.parametrize("model", ["tiny-sdxl", pytest.param("clip-vit-base", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny-sdxl", "clip-vit-base"])
 def test_on_a_cpu_the_prediction_is_what_a_fresh_process_has_resident(model):
     at_once = os.environ | {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "16384"}  # freed memory goes back to the system
     done = subprocess.run([sys.executable, "-c", RESIDENT, model], capture_output=True, text=True, env=at_once)
