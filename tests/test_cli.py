@@ -73,6 +73,7 @@ def test_the_default_model_offline_names_both_ways_out(photographs, tmp_path):
     assert error["error_type"] == "ModelNotFoundError"
 
 
+@pytest.mark.slow
 def test_the_wheel_carries_what_the_demo_needs(tmp_path):
     source = tmp_path / "source"
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "nbs", "tests", "benchmarks", "demo", "build", "*.egg-info", "__pycache__"))
