@@ -329,6 +329,7 @@ def cache(args: argparse.Namespace) -> int:
     elif args.action == "pin": result = {"pinned": str(c.pin(args.repo, args.revision, args.alias, args.cache_dir))}
     elif args.action == "unpin": result = {"unpinned": bool(c.unpin(args.repo, args.alias, args.cache_dir))}
     else:
+        if args.max_size is None and args.unused_days is None: raise ValidationError("what is to be evicted? Give --max-size 20GB, --unused-days 90, or both")
         limit = None if args.max_size is None else parse_bytes(args.max_size)
         plan = c.plan_eviction(max_bytes=limit, unused_days=args.unused_days, cache_dir=args.cache_dir)
         result = plan.execute() if args.execute else plan
