@@ -19,7 +19,7 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 -m "not slow"
-	OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
 
 slow: .venv/dev  ## the tests that take long: killed clusters, the built wheel, memory that must come back, compiled code, every trace
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --durations 5 -m slow

@@ -55,7 +55,7 @@ class Worker:
     def run(self, verb: str, **pipes) -> subprocess.Popen:
         env = {k: v for k, v in os.environ.items() if k not in SET_BY_OTHERS}
         if self.python != sys.executable: env.pop("PYTHONPATH", None)
-        return subprocess.Popen([self.python, HERE / "sides.py", verb, self.name, self.model, self.work], stderr=self.log.open("a"), text=True,
+        return subprocess.Popen([self.python, HERE / "sides.py", verb, self.name, self.model, self.work], stderr=self.log.open("a", encoding="utf-8"), text=True,
                                 env=env | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}, **pipes)
 
     def prepare(self):
@@ -69,7 +69,7 @@ class Worker:
         self.cpu, self.since = self.about.pop("cpu"), time.perf_counter()
 
     def last_words(self) -> str:
-        lines = [line.strip() for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line.strip() for line in self.log.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()]
         return (lines or ["no message"])[-1][:300]
 
     def read(self) -> dict:
@@ -156,7 +156,7 @@ def measure(model: Path, work: Path, args) -> dict:
     limits = [worker("limits", p) for p in dict.fromkeys([sys.executable, args.peers_python or sys.executable])]
     reference = worker("reference", sys.executable)
     files = {size: photographs(work, args.images, tuple(map(int, size.split("x")))) for size in args.sizes}
-    dim = json.loads((model / "config.json").read_text())["projection_dim"]
+    dim = json.loads((model / "config.json").read_text(encoding="utf-8"))["projection_dim"]
     truth, sizes = {}, {}
     reference.start(); reference.ready()
     for size, paths in files.items():
@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> dict:
     result = {"machine": processor(), "date": date.today().isoformat(), "images": args.images, "rounds": args.rounds, "weights": "random" if args.model is None else args.model.name,
               **summary(raw, args.images), "raw": raw}
     (args.out / "embedding.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "embedding.md").write_text(page := table(result))
+    (args.out / "embedding.md").write_text(page := table(result), encoding="utf-8")
     plot(result, args.out / "embedding.png")
     print(page)
     return result

@@ -88,7 +88,7 @@ def main():
               "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__}, "rounds": args.rounds, "steps": args.steps,
               "generation": generation, "microseconds": readings, "counted": round(1 + extra / 1e6 / generation["clock"]["plain"], 4)}
     (HERE / "monitor.json").write_text(json.dumps(result, indent=2) + "\n")
-    (HERE / "monitor.md").write_text(table(result))
+    (HERE / "monitor.md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
 

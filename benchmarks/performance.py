@@ -163,7 +163,7 @@ def main():
               "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "transformers": transformers.__version__}, "rounds": args.rounds,
               "tiny-sdxl": pipeline_rows(args.rounds) | {"warm-up: later pictures over the first": warm_up(2)}, "ViT-B/32": clip_rows(args.rounds)}
     (HERE / "performance.json").write_text(json.dumps(result, indent=2) + "\n")
-    (HERE / "performance.md").write_text(table(result))
+    (HERE / "performance.md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
 

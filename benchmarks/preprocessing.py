@@ -119,7 +119,7 @@ def main():
     result = {"machine": platform.machine(), "versions": {p: version(p) for p in PACKAGES if p not in names or find_spec(names[p])},
               "rounds": args.rounds, "rows": rows}
     (HERE / "preprocessing.json").write_text(json.dumps(result, indent=2) + "\n")
-    (HERE / "preprocessing.md").write_text(table(result))
+    (HERE / "preprocessing.md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
 

@@ -102,7 +102,7 @@ def main():
               "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__, "bitsandbytes": bitsandbytes.__version__},
               "model_bytes": size, "rounds": args.rounds, "rows": rows}
     (HERE / "quantize_once.json").write_text(json.dumps(result, indent=2) + "\n")
-    (HERE / "quantize_once.md").write_text(table(result))
+    (HERE / "quantize_once.md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
 

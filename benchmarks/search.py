@@ -186,7 +186,7 @@ def main():
     result = {"machine": f"{platform.machine()}, {faiss.omp_get_max_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", "dim": args.dim, "rounds": args.rounds,
               "versions": {"numpy": np.__version__, "faiss": faiss.__version__}, "sizes": sizes}
     (HERE / "search.json").write_text(json.dumps(result, indent=1) + "\n")
-    (HERE / "search.md").write_text(table(result))
+    (HERE / "search.md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
 

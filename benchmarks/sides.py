@@ -118,7 +118,7 @@ class OpenClip(Side):
         "The same weights under open_clip's names, both towers, as a local-dir that it loads strictly."
         import torch
         from safetensors.torch import load_file, save_file
-        cfg, old, new = json.loads((model / "config.json").read_text()), load_file(model / "model.safetensors"), {}
+        cfg, old, new = json.loads((model / "config.json").read_text(encoding="utf-8")), load_file(model / "model.safetensors"), {}
         layer = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
         for ours, theirs, tower in (("vision_model", "visual.", cfg["vision_config"]), ("text_model", "", cfg["text_config"])):
             for i in range(tower["num_hidden_layers"]):
@@ -134,7 +134,7 @@ class OpenClip(Side):
                 "token_embedding.weight": old["text_model.embeddings.token_embedding.weight"], "positional_embedding": old["text_model.embeddings.position_embedding.weight"],
                 "text_projection": old["text_projection.weight"].T, "logit_scale": old["logit_scale"]}
         save_file({k: v.contiguous() for k, v in new.items()}, work / "open_clip_model.safetensors")
-        v, t, p = cfg["vision_config"], cfg["text_config"], json.loads((model / "preprocessor_config.json").read_text())
+        v, t, p = cfg["vision_config"], cfg["text_config"], json.loads((model / "preprocessor_config.json").read_text(encoding="utf-8"))
         (work / "open_clip_config.json").write_text(json.dumps({
             "model_cfg": {"embed_dim": cfg["projection_dim"], "quick_gelu": v["hidden_act"] == "quick_gelu",
                           "vision_cfg": {"image_size": v["image_size"], "layers": v["num_hidden_layers"], "width": v["hidden_size"], "patch_size": v["patch_size"],
@@ -175,7 +175,7 @@ class FastEmbed(Side):
             def forward(self, pixel_values): return self.net(pixel_values=pixel_values).image_embeds
 
         shutil.copy(model / "preprocessor_config.json", work)
-        edge = json.loads((model / "config.json").read_text())["vision_config"]["image_size"]
+        edge = json.loads((model / "config.json").read_text(encoding="utf-8"))["vision_config"]["image_size"]
         torch.onnx.export(Images().eval(), (torch.zeros(2, 3, edge, edge),), str(work / "model.onnx"), input_names=["pixel_values"], output_names=["image_embeds"],
                           dynamic_axes={"pixel_values": {0: "n"}, "image_embeds": {0: "n"}}, opset_version=17, dynamo=False)
 
@@ -213,7 +213,7 @@ class Limits(Side):
 
     def __init__(self, model, work):
         import torch
-        cfg = json.loads((model / "config.json").read_text())
+        cfg = json.loads((model / "config.json").read_text(encoding="utf-8"))
         v, out = cfg["vision_config"], cfg["projection_dim"]
         width, inner, layers, heads, patch = v["hidden_size"], v["intermediate_size"], v["num_hidden_layers"], v["num_attention_heads"], v["patch_size"]
         patches = (v["image_size"] // patch) ** 2

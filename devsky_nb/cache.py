@@ -142,7 +142,7 @@ def write_atomically(path: Path,
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = (staging or path.parent) / f".devsky-{secrets.token_hex(8)}"
     try:
-        with unfinished.open("x") as f:
+        with unfinished.open("x", encoding="utf-8") as f:
             f.write(text); f.flush(); os.fsync(f.fileno())
         unfinished.replace(path)
     finally: unfinished.unlink(missing_ok=True)

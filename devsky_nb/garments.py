@@ -609,7 +609,7 @@ def _clear_catalogue(folder: Path) -> None:
     "Make the folder empty if it holds an earlier catalogue of ours and nothing else; refuse if not."
     found, listing = list(folder.iterdir()), folder / "image_set.json"
     try:
-        earlier = json.loads(listing.read_text()) if listing.is_file() else {}
+        earlier = json.loads(listing.read_text(encoding="utf-8")) if listing.is_file() else {}
         ours = {i["path"] for i in earlier["images"]} | {"image_set.json"} if earlier["metadata"]["made_by"] == _MADE_BY else set()
     except (ValueError, KeyError, TypeError): ours = set()
     if others := sorted(f.name for f in found if f.name not in ours or f.is_dir()):

@@ -107,7 +107,7 @@ def lock_path(lockfile: str | Path | None = None,
 def read_lock(path: Path) -> dict[str, list[dict]]:  # alias -> versions, oldest first
     "The locked versions; empty if nothing was locked yet."
     try:
-        models = json.loads(path.read_text())["models"]
+        models = json.loads(path.read_text(encoding="utf-8"))["models"]
         for version in (v for versions in models.values() for v in versions):
             if version["stage"] not in STAGES or not re.fullmatch("[0-9a-f]{40}", version["commit"]) or not {"repo_id", "patterns", "locked_at"} <= set(version):
                 raise ValueError(f"bad version {version}")
@@ -170,7 +170,7 @@ def is_model_folder(path: str | Path) -> bool:
 def read_json(path: Path) -> dict:
     "A JSON object from a model's folder."
     try:
-        value = json.loads(path.read_text())
+        value = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(value, dict): return value
         raise ValueError(f"expected an object, found {type(value).__name__}")
     except (OSError, ValueError) as e: raise ModelLoadError(f"{path} cannot be read: {e}", details={"file": path.name}, original_error=e)

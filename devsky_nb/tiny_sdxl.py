@@ -238,7 +238,7 @@ def save_half(pipeline: "StableDiffusionXLPipeline",
         network.float()
     for name in ("tokenizer", "tokenizer_2", "scheduler"): pipeline.components[name].save_pretrained(out / name)
     pipeline.save_config(out)
-    for config in out.glob("text_encoder*/config.json"): config.write_text(config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    for config in out.glob("text_encoder*/config.json"): config.write_text(config.read_text(encoding="utf-8").replace('"dtype": "float16"', '"dtype": "float32"'), encoding="utf-8")
     return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(out.rglob("*.safetensors"))}
 
 # %% ../nbs/04b_tiny_sdxl.ipynb #061a6258

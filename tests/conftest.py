@@ -1,9 +1,11 @@
-"No test asks the network or touches the cache of whoever runs it."
-import os, tempfile
+"No test asks the network, touches the cache of whoever runs it, or depends on a GPU that happens to be there."
+import os, signal, tempfile
 
 import pytest
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(prefix="devsky-tests-")}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(prefix="devsky-tests-"), "CUDA_VISIBLE_DEVICES": ""}  # before torch is imported
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell; what tests start would ignore Ctrl-C, too
 
 LONG = ("test_cluster.py", "test_vram.py", "test_bulk.py", "test_precision.py", "test_benchmarks.py", "test_quantization.py", "test_cli.py")
 

@@ -12,7 +12,7 @@ OURS = "devsky_nb fp32, to Parquet"
 
 
 def program(path, text):
-    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.write_text(f"#!/bin/sh\n{text}\n", encoding="utf-8")
     path.chmod(0o755)
     return str(path)
 
@@ -53,22 +53,22 @@ def test_what_became_of_a_broken_file_is_seen_not_said(run):
 def test_a_side_that_cannot_run_is_a_row_with_its_reason(run):
     r, out = run
     assert r["no_result"] == {"open_clip": "no such environment"}
-    assert "| open_clip | no result: no such environment |" in (out / "embedding.md").read_text()
+    assert "| open_clip | no result: no such environment |" in (out / "embedding.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow
 def test_table_plot_and_json_are_written_and_agree(run):
     r, out = run
-    assert json.loads((out / "embedding.json").read_text()) == json.loads(json.dumps(r))
-    page = (out / "embedding.md").read_text()
-    assert page == embedding.table(json.loads((out / "embedding.json").read_text()))
+    assert json.loads((out / "embedding.json").read_text(encoding="utf-8")) == json.loads(json.dumps(r))
+    page = (out / "embedding.md").read_text(encoding="utf-8")
+    assert page == embedding.table(json.loads((out / "embedding.json").read_text(encoding="utf-8")))
     assert f"| {OURS} | {r['sides'][OURS]['images_per_second']['96x64']['median']:.1f} (" in page
     with Image.open(out / "embedding.png") as plot: assert plot.width > 600
     assert (out / "embedding.png").stat().st_size < 100_000
 
 
 def test_the_page_in_the_repository_is_made_from_the_json_beside_it():
-    assert (embedding.HERE / "embedding.md").read_text() == embedding.table(json.loads((embedding.HERE / "embedding.json").read_text()))
+    assert (embedding.HERE / "embedding.md").read_text(encoding="utf-8") == embedding.table(json.loads((embedding.HERE / "embedding.json").read_text(encoding="utf-8")))
     assert (embedding.HERE / "embedding.png").stat().st_size < 100_000
 
 

@@ -48,7 +48,7 @@ def test_every_input_has_one_row_in_order_and_shards_are_full(embedder, tmp_path
     assert (report.total, report.embedded, report.duplicate, report.error, report.reused) == (9, 7, 1, 1, 0)
     for r in rows: assert (r["embedding"] is not None) == (r["status"] == "embedded") and (r["error"] is not None) == (r["status"] == "error")
     np.testing.assert_allclose(rows[0]["embedding"], embedder.encode_image(folder / "0000.png")[0], atol=1e-5)
-    assert json.loads((tmp_path / "out" / "_SUCCESS").read_text()) == {"rows": 9, "shards": 3, "fingerprint": embedder.fingerprint, "dtype": "float32"}
+    assert json.loads((tmp_path / "out" / "_SUCCESS").read_text(encoding="utf-8")) == {"rows": 9, "shards": 3, "fingerprint": embedder.fingerprint, "dtype": "float32"}
 
 
 def test_every_source_gives_the_same_vectors(embedder, tmp_path):
@@ -125,7 +125,7 @@ for line in sys.stdin:
 def fork(tmp_path_factory):
     "Run code in a fork of a process that has the model and is warm: `start` gives its pid, `end` its exit status."
     tmp = tmp_path_factory.mktemp("server")
-    server = subprocess.Popen([sys.executable, "-c", SERVER, pictures(tmp / "in", 1) / "0000.png", tmp / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(tmp / "stderr").open("w"), text=True)
+    server = subprocess.Popen([sys.executable, "-c", SERVER, pictures(tmp / "in", 1) / "0000.png", tmp / "out"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=(tmp / "stderr").open("w", encoding="utf-8"), text=True)
     class Fork:
         stderr = tmp / "stderr"
         def start(self, code):
@@ -219,7 +219,7 @@ def test_a_kill_or_ctrl_c_in_the_middle_costs_a_batch_at_most(embedder, fork, tm
     wait_for_work(out)
     os.kill(pid, signum)
     assert fork.end() == (-9 if signum == signal.SIGKILL else 1)
-    said = fork.stderr.read_text()
+    said = fork.stderr.read_text(encoding="utf-8")
     assert "img/s" in said and "/300" in said and ("KeyboardInterrupt" in said or signum == signal.SIGKILL)
     assert [p.name for p in out.iterdir()] == [".devsky"]
     report = embed_images(folder, out, embedder, batch_size=8)

@@ -1,5 +1,5 @@
 "The command as its users meet it: a process with arguments, two streams and an exit status."
-import contextlib, io, json, os, shutil, signal, subprocess, sys, time
+import contextlib, io, json, os, re, shutil, signal, subprocess, sys
 from pathlib import Path
 
 import numpy as np, pyarrow.parquet as pq, pytest
@@ -36,8 +36,8 @@ def test_photographs_are_validated_and_embedded(photographs, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert (report["total_images"], report["successful"], report["failed"]) == (8, 8, 0)
-    assert json.loads((tmp_path / "r.json").read_text())["successful"] == 8
-    assert "astronaut" in (tmp_path / "r.html").read_text()
+    assert json.loads((tmp_path / "r.json").read_text(encoding="utf-8"))["successful"] == 8
+    assert "astronaut" in (tmp_path / "r.html").read_text(encoding="utf-8")
     done = devsky("embed", photographs, "--out", tmp_path / "vectors", "--model", "tiny-clip", "--precision", "fp32", "--json", "--quiet")
     assert done.returncode == 0 and done.stderr == "", done.stderr
     rows = pq.read_table(tmp_path / "vectors").to_pylist()
@@ -84,11 +84,11 @@ def test_the_wheel_carries_what_the_demo_needs(tmp_path):
     env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run([*DEVSKY, "demo", "--out", "demo", "--json"], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=240)
     assert done.returncode == 0, done.stderr
-    report = json.loads((tmp_path / "demo" / "report.json").read_text())
+    report = json.loads((tmp_path / "demo" / "report.json").read_text(encoding="utf-8"))
     assert json.loads(done.stdout)["total_images"] == report["total_images"]
     assert {"total_images", "successful", "failed", "embeddings", "errors", "metadata", "success_rate"} <= set(report)
     assert report["failed"] == len(report["errors"]) == 3
-    page = (tmp_path / "demo" / "report.html").read_text()
+    page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     assert len(page) < 2_000_000 and all(e["image_id"] in page for e in report["errors"])
     where = subprocess.run([sys.executable, "-c", "import devsky_nb; print(devsky_nb.__file__)"], cwd=tmp_path, capture_output=True, text=True, env=env).stdout
     assert str(tmp_path / "site") in where
@@ -99,7 +99,7 @@ def test_the_demo_again_in_the_same_folder(tmp_path):
     (tmp_path / "demo" / "report.json").write_text("from an earlier run")
     done = devsky("demo", "--out", tmp_path / "demo", "--json", "--quiet")
     assert done.returncode == 0 and done.stderr.count("\n") == 1
-    assert json.loads((tmp_path / "demo" / "report.json").read_text())["failed"] == 3
+    assert json.loads((tmp_path / "demo" / "report.json").read_text(encoding="utf-8"))["failed"] == 3
 
 
 @pytest.mark.parametrize("args, says", [
@@ -169,11 +169,13 @@ def test_ctrl_c_ends_at_once_with_130(tmp_path):
     for i in range(1, 1000): (folder / f"{i:05}.png").write_bytes((folder / "000.png").read_bytes() + b"%d" % i)
     process = subprocess.Popen([*DEVSKY, "embed", folder, "--out", tmp_path / "v", "--model", "tiny-clip", "--precision", "fp32", "--batch-size", "1"],
                                stderr=subprocess.PIPE, text=True)
-    while not (line := process.stderr.read(1)): time.sleep(0.01)
-    time.sleep(1)
+    told = ""
+    while not re.search("[1-9]/1000", told):  # until the first pictures are done
+        told += (more := process.stderr.read(1))
+        assert more, told
     process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=20)[1]
-    assert process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
+    rest = process.communicate(timeout=60)[1]
+    assert "1000/1000" not in rest and process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
 
 
 def test_help_answers_without_heavy_imports():

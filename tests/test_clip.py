@@ -185,7 +185,7 @@ def test_fingerprint_names_everything_that_the_vectors_depend_on(vit, tmp_path):
     copy = shutil.copytree(vit, tmp_path / "copy")
     assert fingerprint(copy) == base
     config = copy / "preprocessor_config.json"
-    config.write_text(config.read_text().replace("0.48145466", "0.5"))
+    config.write_text(config.read_text(encoding="utf-8").replace("0.48145466", "0.5"), encoding="utf-8")
     moved = fingerprint(copy)
     model = CLIPModel.from_pretrained(vit)
     with torch.no_grad(): model.logit_scale.add_(1)

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def scan(tmp_path):
     "Scan a piece of code, and say which rules apply in which lines."
     def run(code, name="code.py", **kwargs):
-        (tmp_path / name).write_text(code)
+        (tmp_path / name).write_text(code, encoding="utf-8")
         return [(f.rule, f.line) for f in scan_source(tmp_path / name, **kwargs)]
     return run
 
@@ -157,7 +157,7 @@ def test_the_document_gives_the_findings_that_the_facts_justify_and_no_others():
 
 
 def test_the_document_corrected_gives_none(tmp_path):
-    text = (ROOT / "tests" / "practices.md").read_text()
+    text = (ROOT / "tests" / "practices.md").read_text(encoding="utf-8")
     head = 'import os\nfrom transformers import CLIPVisionModel, CLIPImageProcessor\n\n# Set cache directory\nos.environ["HF_HOME"] = "/app/.cache/huggingface"\nos.environ["TRANSFORMERS_CACHE"] = "/app/.cache/transformers"\n'
     for old, new in ((head, 'import os\nos.environ["HF_HOME"] = "/app/.cache/huggingface"\n\nfrom transformers import CLIPVisionModel, CLIPImageProcessor\n'),
                      ('"bnb_4bit_use_double_quant": True,\n            }\n', '"bnb_4bit_use_double_quant": True,\n            },\n            components_to_quantize=["unet", "text_encoder", "text_encoder_2"]\n'),
@@ -165,7 +165,7 @@ def test_the_document_corrected_gives_none(tmp_path):
                      ("        self.pipeline.enable_attention_slicing()\n", ""), ("outputs.last_hidden_state[:, 0, :]", "outputs.image_embeds"), ("CLIPVisionModel.from", "CLIPVisionModelWithProjection.from")):
         assert old in text
         text = text.replace(old, new)
-    (tmp_path / "practices.md").write_text(text)
+    (tmp_path / "practices.md").write_text(text, encoding="utf-8")
     assert {f.rule for f in fix_source(tmp_path / "practices.md")} == {"DSK020"}
     assert scan_source(tmp_path / "practices.md") == []
 
@@ -179,7 +179,7 @@ def docstrings(package):
     "Every example in the docstrings of an installed package, with the file that it is in."
     folder = Path(importlib.util.find_spec(package).origin).parent
     for file in sorted(folder.glob("pipelines/**/*.py")):
-        for text in re.findall(r'^EXAMPLE_DOC_STRING\w* = (?:\(\n)?\s*r?"""(.*?)"""', file.read_text(), re.DOTALL | re.MULTILINE): yield file.relative_to(folder), text
+        for text in re.findall(r'^EXAMPLE_DOC_STRING\w* = (?:\(\n)?\s*r?"""(.*?)"""', file.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE): yield file.relative_to(folder), text
 
 
 def test_the_documentation_examples_of_diffusers_give_no_warning():
@@ -243,7 +243,7 @@ def test_what_cannot_be_read_is_a_finding(name, data, says, tmp_path):
 
 def test_other_oddities_of_notebooks_are_no_findings(tmp_path):
     for i, text in enumerate(('{"cells": []}', '{"cells": [null, {"cell_type": "raw"}], "metadata": []}', '{"cells": [{"cell_type": "code", "source": "x <- 3"}], "metadata": {"kernelspec": {"language": "R"}}}')):
-        (tmp_path / f"{i}.ipynb").write_text(text)
+        (tmp_path / f"{i}.ipynb").write_text(text, encoding="utf-8")
     assert scan_source(tmp_path) == []
 
 
@@ -260,7 +260,7 @@ def test_long_chains_are_followed(scan):
 
 @pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names are bytes")
 def test_names_and_texts_that_are_no_unicode(tmp_path):
-    (tmp_path / os.fsdecode(b"\xff.py")).write_text(SHOP)
+    (tmp_path / os.fsdecode(b"\xff.py")).write_text(SHOP, encoding="utf-8")
     (tmp_path / "a.ipynb").write_text('{"cells": [{"cell_type": "code", "source": "x = \'\\ud800\'"}]}')
     for form in ("text", "json", "sarif", "github"):
         done = devsky(".", "--source", "--format", form, cwd=tmp_path)
@@ -356,20 +356,20 @@ def test_a_fix_leaves_the_rest_of_a_notebook_alone(style, as_lines, tmp_path):
 
 def test_a_fix_in_a_document(tmp_path):
     quoted = "Text `torch_dtype=x`.\n\n- item:\n\n  ```python\n" + "".join(f"  {l}\n" for l in FIXABLE.splitlines()) + "  ```\n\n```py\n>>> import diffusers as d\n>>> d.FluxPipeline.from_pretrained(\n...     x, torch_dtype=y\n... )\n```\n"
-    (tmp_path / "a.md").write_text(quoted)
+    (tmp_path / "a.md").write_text(quoted, encoding="utf-8")
     assert len(fix_source(tmp_path / "a.md")) == 5
     expected = quoted.replace(FIXABLE.splitlines()[3], FIXED.splitlines()[3]).replace(FIXABLE.splitlines()[5], FIXED.splitlines()[5]).replace("x, torch_dtype=y", "x, dtype=y")
-    assert (tmp_path / "a.md").read_text() == expected
+    assert (tmp_path / "a.md").read_text(encoding="utf-8") == expected
 
 
 def test_a_diff_can_be_applied_with_patch(tmp_path):
     file = tmp_path / "a.py"
-    file.write_text(FIXABLE)
+    file.write_text(FIXABLE, encoding="utf-8")
     for f in scan_source(file): assert f.diff == "" or f.diff.splitlines()[2].startswith(f"@@ -{f.line} +{f.line} @@")
     if shutil.which("patch"):
         first = next(f for f in scan_source(file) if f.rule == "DSK020")
-        subprocess.run(["patch", "-p0", str(file)], input=first.diff + "\n", text=True, check=True, capture_output=True)
-        assert "dtype = 'float16'" in file.read_text() and "torch_dtype" not in file.read_text()
+        subprocess.run(["patch", "-p0", str(file)], input=first.diff + "\n", encoding="utf-8", check=True, capture_output=True)
+        assert "dtype = 'float16'" in file.read_text(encoding="utf-8") and "torch_dtype" not in file.read_text(encoding="utf-8")
 
 
 def test_a_file_with_an_unreadable_part_is_not_fixed(tmp_path):
@@ -380,17 +380,17 @@ def test_a_file_with_an_unreadable_part_is_not_fixed(tmp_path):
 
 def test_a_link_is_fixed_where_it_leads(tmp_path):
     (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "a.py").write_text(FIXABLE)
+    (tmp_path / "real" / "a.py").write_text(FIXABLE, encoding="utf-8")
     (tmp_path / "b.py").symlink_to(tmp_path / "real" / "a.py")
-    assert fix_source(tmp_path / "b.py") and (tmp_path / "b.py").is_symlink() and (tmp_path / "real" / "a.py").read_text() == FIXED
+    assert fix_source(tmp_path / "b.py") and (tmp_path / "b.py").is_symlink() and (tmp_path / "real" / "a.py").read_text(encoding="utf-8") == FIXED
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):
-    (tmp_path / "a.py").write_text(FIXABLE)
+    (tmp_path / "a.py").write_text(FIXABLE, encoding="utf-8")
     def full(*args): raise OSError(28, "No space left on device")
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(ValidationError, match="No space left on device. Nothing was changed"): fix_source(tmp_path / "a.py")
-    assert (tmp_path / "a.py").read_text() == FIXABLE and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "a.py").read_text(encoding="utf-8") == FIXABLE and len(list(tmp_path.iterdir())) == 1
 
 
 # what is written
@@ -408,7 +408,7 @@ def devsky(*args, cwd):
 
 
 def test_sarif_has_what_github_requires(tmp_path):
-    (tmp_path / "ä b.py").write_text(SHOP + SHOP.splitlines()[1] + "\n")
+    (tmp_path / os.fsdecode("ä b.py".encode())).write_text(SHOP + SHOP.splitlines()[1] + "\n", encoding="utf-8")
     (tmp_path / "bad.py").write_text("def f(:")
     nbformat.write(new_notebook(cells=[new_code_cell(SHOP)]), tmp_path / "a.ipynb")
     done = devsky(".", "--source", "--format", "sarif", cwd=tmp_path)
@@ -425,14 +425,14 @@ def test_sarif_has_what_github_requires(tmp_path):
         assert re.fullmatch(r"[\w./%-]+", place["artifactLocation"]["uri"]) and place["region"]["startLine"] >= 1 and place["region"]["startColumn"] >= 1
     prints = [r["partialFingerprints"]["devskyDoctor/v1"] for r in run["results"]]
     assert len(prints) == len(set(prints)) == 10
-    notebook = (tmp_path / "a.ipynb").read_text().splitlines()
+    notebook = (tmp_path / "a.ipynb").read_text(encoding="utf-8").splitlines()
     lines = [r["locations"][0]["physicalLocation"]["region"]["startLine"] for r in run["results"] if "ipynb" in r["locations"][0]["physicalLocation"]["artifactLocation"]["uri"]]
     assert all("from_pretrained" in notebook[n - 1] for n in lines) and lines
 
 
 def test_github_annotations_cannot_be_forged(tmp_path):
     evil = tmp_path / "a,title=x::b%0A.py"
-    evil.write_text(SHOP)
+    evil.write_text(SHOP, encoding="utf-8")
     done = devsky(evil.name, "--source", "--format", "github", "--select", "DSK051", cwd=tmp_path)
     assert done.stdout.startswith("::warning file=a%2Ctitle=x%3A%3Ab%250A.py,line=2,col=") and done.stdout.count("\n") == 1
 
@@ -440,21 +440,21 @@ def test_github_annotations_cannot_be_forged(tmp_path):
 def test_exit_status_and_streams(tmp_path):
     (tmp_path / "good.py").write_text("x = 1\n")
     (tmp_path / "note.py").write_text("import transformers as t\nt.AutoModel.from_pretrained('a/b')\n")
-    (tmp_path / "bad.py").write_text(SHOP)
+    (tmp_path / "bad.py").write_text(SHOP, encoding="utf-8")
     status = lambda *a: devsky(*a if "--environment" in a else ("--source", *a), cwd=tmp_path).returncode
     assert status("good.py") == 0 and status("note.py") == 0 and status("bad.py") == 1 and status() == 1 and status("good.py", "bad.py") == 1
     assert status("note.py", "--select", "DSK050") == 1 and status("bad.py", "--ignore", "DSK051,DSK050", "--ignore", "DSK020") == 0
     for wrong in (["no-such.py"], ["--select", "E501"], ["--select", ""], ["--environment", "."], ["--format", "xml"], ["--budget", "much", "--plan", "tiny-clip", "--environment"]):
         assert status(*wrong) == 2, wrong
     assert {f["rule"] for f in json.loads(devsky("--source", "--json", "bad.py", cwd=tmp_path).stdout)} == {"DSK020", "DSK050", "DSK051"}
-    assert "-pipe" in devsky("--source", "--diff", "bad.py", cwd=tmp_path).stdout and (tmp_path / "bad.py").read_text() == SHOP
+    assert "-pipe" in devsky("--source", "--diff", "bad.py", cwd=tmp_path).stdout and (tmp_path / "bad.py").read_text(encoding="utf-8") == SHOP
     fixed = devsky("--source", "--fix", "bad.py", cwd=tmp_path)
-    assert fixed.stderr == "bad.py: 1 fixed\n" and "torch_dtype" not in (tmp_path / "bad.py").read_text()
+    assert fixed.stderr == "bad.py: 1 fixed\n" and "torch_dtype" not in (tmp_path / "bad.py").read_text(encoding="utf-8")
     assert "DSK111" in devsky("--rules", cwd=tmp_path).stdout
 
 
 def test_the_hook_is_a_command_that_exists(tmp_path):
-    [hook] = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text())
+    [hook] = yaml.safe_load((ROOT / ".pre-commit-hooks.yaml").read_text(encoding="utf-8"))
     assert {"id", "name", "entry", "language", "types_or"} <= set(hook)
     (tmp_path / "a.py").write_text("x = 1\n")
     assert hook["entry"].split()[:2] == ["devsky", "doctor"] and devsky(*hook["entry"].split()[2:], "a.py", cwd=tmp_path).returncode == 0
@@ -517,6 +517,9 @@ def test_processors_kernels_and_memory(tmp_path, monkeypatch):
     assert told("DSK109")[0][0] == "info" and told("DSK110")[0][0] == "warning"
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert told("DSK110")[0][0] == "pass"
+    monkeypatch.setattr(environment, "processor_flags", lambda: {"avx2"})
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert told("DSK109")[0][0] == told("DSK110")[0][0] == "pass"
     assert told("DSK108", model="clip-vit-large", budget="512MiB")[0][0] == "error"
 
 

@@ -154,7 +154,7 @@ def test_padding_does_not_change_a_text():
 
 def test_committed_files_match_their_recipe():
     folder = locate_model("tiny-clip")
-    recipe = json.loads((folder / "recipe.json").read_text())
+    recipe = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
     assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == recipe["sha256"]["model.safetensors"]
     assert sum(f.stat().st_size for f in folder.rglob("*")) < 6_000_000
     assert recipe["license"] == "Apache-2.0"
@@ -205,7 +205,7 @@ def test_training_learns_and_the_same_seed_gives_the_same_weights(trained):
     folders, recipes = trained
     assert recipes[0]["loss"]["last"] < recipes[0]["loss"]["first"] - .3
     assert recipes[0] == recipes[1]
-    assert json.loads((folders[0] / "recipe.json").read_text()) == recipes[0]
+    assert json.loads((folders[0] / "recipe.json").read_text(encoding="utf-8")) == recipes[0]
     first, committed = (load_file(f / "model.safetensors") for f in (folders[0], locate_model("tiny-clip")))
     assert {k: v.shape for k, v in first.items()} == {k: v.shape for k, v in committed.items()}
 
@@ -234,7 +234,7 @@ def test_impossible_training_is_refused_before_it_starts(wrong, tmp_path):
 
 def test_the_catalogue_lists_every_file_once_and_matches_its_json(catalogue):
     folder = Path(catalogue["images"][0]["path"]).parent
-    written = json.loads((folder / "image_set.json").read_text())
+    written = json.loads((folder / "image_set.json").read_text(encoding="utf-8"))
     assert [i | {"path": str(folder / i["path"])} for i in written["images"]] == catalogue["images"]
     assert {Path(i["path"]).name for i in catalogue["images"]} | {"image_set.json"} == {f.name for f in folder.iterdir()}
     assert len({i["id"] for i in catalogue["images"]}) == 24
@@ -251,7 +251,7 @@ def test_broken_files_are_broken_and_the_others_decode(catalogue):
                 image.load()
                 assert 230 <= min(image.size) and max(image.size) <= 384
     assert Path(of(catalogue, "empty")["path"]).stat().st_size == 0
-    assert "picture to follow" in Path(of(catalogue, "text")["path"]).read_text()
+    assert "picture to follow" in Path(of(catalogue, "text")["path"]).read_text(encoding="utf-8")
     assert Image.open(of(catalogue, "truncated")["path"]).format == "JPEG"  # its header is fine: only decoding shows it
 
 
@@ -294,9 +294,9 @@ def test_a_smaller_catalogue_replaces_a_larger_one_entirely(tmp_path):
 @pytest.mark.parametrize("name, content", [("holiday.jpg", "mine"), ("image_set.json", "{}"), ("image_set.json", "not json"), ("image_set.json", "[1]"),
                                            ("image_set.json", '{"images": [{"path": "../victim"}], "metadata": {"made_by": "me"}}')])
 def test_a_folder_of_somebody_else_is_left_alone(name, content, tmp_path):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValidationError, match="holds other files"): write_catalogue(tmp_path)
-    assert [f.read_text() for f in tmp_path.iterdir()] == [content]
+    assert [f.read_text(encoding="utf-8") for f in tmp_path.iterdir()] == [content]
 
 
 def test_a_forged_earlier_catalogue_deletes_nothing_outside(tmp_path):
@@ -306,7 +306,7 @@ def test_a_forged_earlier_catalogue_deletes_nothing_outside(tmp_path):
     folder.mkdir()
     (folder / "image_set.json").write_text(json.dumps({"images": [{"path": "../victim"}], "metadata": {"made_by": "devsky_nb.garments.write_catalogue"}}))
     write_catalogue(folder)
-    assert victim.read_text() == "precious"
+    assert victim.read_text(encoding="utf-8") == "precious"
 
 
 @pytest.mark.parametrize("n", [0, 13, 10_001, 20.0, "24"])

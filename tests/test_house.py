@@ -76,7 +76,7 @@ def test_requirements_are_pinned_within_their_ranges():
     from packaging.requirements import Requirement
     cfg = ConfigParser(delimiters=["="])
     cfg.read(ROOT / "settings.ini")
-    pins = dict(line.lower().replace("_", "-").split("==") for line in (ROOT / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
                 if line and line[0] != "#")
     for key in (k for k in cfg["DEFAULT"] if k.endswith("requirements")):
         for line in cfg["DEFAULT"][key].split():

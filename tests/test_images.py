@@ -4,14 +4,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np, psutil, pytest
-from PIL import ExifTags, Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
+from PIL import ExifTags, GifImagePlugin, Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 
 from devsky_nb.errors import DevSkyyError, FileNotFoundError, ValidationError
-from devsky_nb.images import FORMATS, ImagePolicy, load_image, pixel_hash
+from devsky_nb.images import FORMATS, MAX_FRAMES, ImagePolicy, load_image, pixel_hash
 
 WHITE, SMALL = (255, 255, 255), ImagePolicy(max_pixels=4_000_000, max_bytes=4_000_000)
 SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"bXYZ", b"rXYZ").replace(b"????", b"bXYZ")
+
+
+HANG = 60  # seconds: a guard against hanging, far above what the slowest machine takes
+
+
+def counted(monkeypatch, cls, method):
+    "The calls of a method from now on, which goes on working."
+    calls, real = [], getattr(cls, method)
+    def counting(self, *args, **options):
+        calls.append(args)
+        return real(self, *args, **options)
+    monkeypatch.setattr(cls, method, counting)
+    return calls
 
 
 def encode(image, format="PNG", **options):
@@ -282,11 +295,11 @@ def test_the_first_frame_of_several_and_how_many(format):
     assert np.abs(pixels(image)[32, 32] - [255, 0, 0]).max() <= 3
 
 
-def test_counting_frames_stops():
+def test_counting_frames_stops(monkeypatch):
     head = b"GIF89a" + struct.pack("<HHBBB", 1, 1, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
-    start = time.perf_counter()
+    sought = counted(monkeypatch, GifImagePlugin.GifImageFile, "_seek")
     record = load_image(head + b",\0\0\0\0\1\0\1\0\0\2\2\x44\1\0" * 200_000 + b";")[1]
-    assert record.actions[-1] == "frames: first of 1000 or more" and time.perf_counter() - start < 2
+    assert record.actions[-1] == "frames: first of 1000 or more" and MAX_FRAMES - 1 <= len(sought) <= MAX_FRAMES + 1
 
 
 # --- limits --------------------------------------------------------------------------------------------------------------
@@ -361,13 +374,13 @@ def test_text_chunk_bombs_cost_little():
         assert psutil.Process().memory_info().rss - before < 100 * 2**20
 
 
-def test_repeated_progressive_scans_are_refused_before_they_are_decoded():
+def test_repeated_progressive_scans_are_refused_before_they_are_decoded(monkeypatch):
     data = encode(photo(2000, 2000), "JPEG", progressive=True)
     last = data.rindex(b"\xff\xda")
     bomb = data[:last] + data[last:-2] * 300 + b"\xff\xd9"
-    start = time.perf_counter()
-    assert refusal(bomb, ImagePolicy()) == "too-many-scans" and time.perf_counter() - start < 1
-    assert outcome(data).size == (2000, 2000)
+    decoded = counted(monkeypatch, ImageFile.ImageFile, "load")
+    assert refusal(bomb, ImagePolicy()) == "too-many-scans" and not decoded
+    assert outcome(data).size == (2000, 2000) and decoded
 
 
 def test_limits_are_inclusive(tmp_path):
@@ -475,7 +488,7 @@ def test_damaged_files_end_as_a_picture_or_a_typed_error():
             found = outcome(bytes(bad))
             slowest = max(slowest, time.perf_counter() - start)
             loaded, refused = loaded + (not isinstance(found, str)), refused + isinstance(found, str)
-    assert loaded > 100 and refused > 100 and slowest < 5
+    assert loaded > 100 and refused > 100 and slowest < HANG
     assert psutil.Process().memory_info().rss - before < SMALL.memory_cap
 
 
@@ -489,7 +502,7 @@ def test_a_folder_of_hostile_files():
         slowest = max(slowest, (time.perf_counter() - start, path.name))
         found[result if isinstance(result, str) else "loaded"] = found.get(result if isinstance(result, str) else "loaded", 0) + 1
     print(f"{sum(found.values())} files: {found}; slowest {slowest[1]} {slowest[0]:.2f} s; {psutil.Process().memory_info().rss / 2**20:.0f} MiB")
-    assert slowest[0] < 10
+    assert slowest[0] < HANG
 
 
 def test_threads_agree_with_one_thread():

@@ -5,7 +5,7 @@ from pathlib import Path
 import nbformat, pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LINES = (ROOT / "tests" / "practices.md").read_text().splitlines()
+LINES = (ROOT / "tests" / "practices.md").read_text(encoding="utf-8").splitlines()
 NOTEBOOK = nbformat.read(ROOT / "nbs" / "tutorials" / "practices_verified.ipynb", as_version=4)
 VERDICTS = {"holds", "holds with a condition", "outdated", "wrong"}
 

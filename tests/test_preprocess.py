@@ -87,7 +87,7 @@ def test_settings_in_every_spelling(tmp_path):
         with pytest.raises(ValidationError) as caught: read("preprocessor_config.json", bad)
         assert next(iter(bad)) in str(caught.value)
     for text in ("", "[1, 2]", "{", "null", '"x"', "\udcff"):
-        (tmp_path / "preprocessor_config.json").write_text(text, errors="surrogateescape")
+        (tmp_path / "preprocessor_config.json").write_text(text, errors="surrogateescape", encoding="utf-8")
         with pytest.raises(ValidationError, match="is not a processor configuration"): ClipPreprocessor.from_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     for missing in (tmp_path, tmp_path / "nowhere"):

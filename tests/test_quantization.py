@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from bitsandbytes.nn.modules import has_avx512bf16
+from bitsandbytes.functional import _convert_weight_packed_for_cpu
+from bitsandbytes.nn.modules import Linear4bit, has_avx512bf16
 from diffusers import AutoencoderKL, DDIMScheduler, PipelineQuantizationConfig, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -27,7 +28,6 @@ from devsky_nb.vram import estimate_vram
 TINY = locate_model("tiny-sdxl")
 KINDS = {"nf4": {"double_quant": False}, "nf4-dq": {}, "int8": {"use_4bit": False}}
 DEFAULT = dict.fromkeys(PARTS, q.bnb_settings(compute_dtype=torch.float32))
-repacks = pytest.mark.skipif(not has_avx512bf16(), reason="only a processor with AVX512-BF16 repacks 4-bit weights")
 
 
 def load(cache, model="tiny-sdxl", loader=load_v1, **options):
@@ -37,6 +37,14 @@ def load(cache, model="tiny-sdxl", loader=load_v1, **options):
 def draw(pipeline, steps=1) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     return pipeline("a red t-shirt", num_inference_steps=steps, height=64, width=64, output_type="np", generator=torch.Generator().manual_seed(0)).images[0]
+
+
+def repack(pipeline):
+    "Draw, after which a processor with AVX512-BF16 has repacked 4-bit weights; on any other that is done here, as bitsandbytes does it."
+    draw(pipeline)
+    for layer in (m for name in PARTS for m in getattr(pipeline, name).modules() if isinstance(m, Linear4bit)):
+        weight = layer.weight
+        if not getattr(weight.quant_state, "packing_format_for_cpu", False): weight.data, weight.quant_state = _convert_weight_packed_for_cpu(weight.data, weight.quant_state)
 
 
 def states(pipeline):
@@ -79,6 +87,14 @@ def cached(usual, tmp_path):
     "A copy of that cache, to be spoilt."
     checkpoint = Path(usual[1].checkpoint)
     return tmp_path, shutil.copytree(checkpoint, tmp_path/"hub-quantized"/checkpoint.name)
+
+
+@pytest.fixture(params=[True, False], ids=["repacks", "does not repack"])
+def repacks(request, monkeypatch):
+    "Both kinds of processor, pretended: with AVX512-BF16, for which bitsandbytes repacks 4-bit weights, and without."
+    monkeypatch.setattr(q, "repacks", lambda: request.param)
+    if not request.param: monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # the other way round, the kernels would be missing
+    return request.param
 
 
 @pytest.fixture
@@ -166,18 +182,18 @@ def odd(tmp_path_factory):
     return tiny(tmp_path_factory.mktemp("odd")/"odd", unet=unet(32, 96, cross=112), text_encoder=CLIPTextModel(texts))
 
 
-def test_layers_that_would_crash_are_left_alone(odd, tmp_path):
+def test_layers_that_would_crash_are_left_alone(odd, tmp_path, repacks):
     pipeline = load(tmp_path, odd)
     alone = {p.name: p.left_alone for p in pipeline.load_report.parts}
     for name in PARTS:
         linear = {n: m for n, m in getattr(pipeline, name).named_modules() if isinstance(m, torch.nn.Linear)}
         bad = {n for n, m in linear.items() if m.in_features % 64 or m.out_features % 32}
-        assert bool(bad) == (name != "text_encoder_2") and set(alone[name]) == (bad if has_avx512bf16() else set())
+        assert bool(bad) == (name != "text_encoder_2") and set(alone[name]) == (bad if repacks else set())
         assert {n for n, m in linear.items() if type(m) is torch.nn.Linear} >= set(alone[name])
-        assert (sum(type(m) is not torch.nn.Linear for m in linear.values()) > 0) == (name != "text_encoder" or not has_avx512bf16())
+        assert (sum(type(m) is not torch.nn.Linear for m in linear.values()) > 0) == (name != "text_encoder" or not repacks)
     first = draw(pipeline)
     assert np.isfinite(first).all() and first.std() > .01
-    assert not has_avx512bf16() or "left alone, such as" in repr(pipeline.load_report)
+    assert ("left alone, such as" in repr(pipeline.load_report)) == repacks
     again = load(tmp_path, odd)
     assert again.load_report.from_checkpoint and {p.name: p.left_alone for p in again.load_report.parts} == alone
     assert np.array_equal(draw(again), first)
@@ -194,10 +210,11 @@ def run_layer(inputs, outputs):
     except Exception as e: return f"{type(e).__name__}: {e}"
 
 
-@repacks
-def test_such_layers_do_crash(processes):
+def test_such_layers_do_crash_on_such_a_processor_and_on_no_other(processes):
     assert in_process(processes, run_layer, 64, 32) is None
-    for sizes in ((96, 64), (64, 48)): assert in_process(processes, run_layer, *sizes), f"{sizes} no longer crashes: crashing_layers can go"
+    for sizes in ((96, 64), (64, 48)):
+        crashed = in_process(processes, run_layer, *sizes)
+        assert bool(crashed) == bool(has_avx512bf16()), f"{sizes}: {crashed or 'no crash'}. If it no longer crashes anywhere, crashing_layers can go"
 
 
 # --- wrong calls
@@ -254,13 +271,19 @@ WRONG = {  # the call; what the message must say: the value, and the remedy
 }
 
 
+@pytest.fixture
+def nothing_loaded(monkeypatch):
+    "A test fails that begins to load a network."
+    for name in ("load_network", "load_vae", "load_part", "load_on_cpu"): monkeypatch.setattr(q, name, lambda *a, **k: pytest.fail("a network was loaded"))
+
+
 def modules(): return sum(issubclass(type(o), torch.nn.Module) for o in gc.get_objects())
 
 
-def test_wrong_calls_are_refused_before_anything_is_loaded(monkeypatch, tmp_path):
+def test_wrong_calls_are_refused_before_anything_is_loaded(monkeypatch, tmp_path, nothing_loaded):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path/"hub"))
     gc.collect()
-    errors, wrong, before, started = [], [], modules(), time.perf_counter()
+    errors, wrong, before = [], [], modules()
     for name, (call, words) in WRONG.items():
         try: errors.append((name, call()))
         except ValidationError as e:
@@ -270,7 +293,7 @@ def test_wrong_calls_are_refused_before_anything_is_loaded(monkeypatch, tmp_path
         except Exception as e: wrong.append(f"{name}: {type(e).__name__} {e}")
         else: wrong.append(f"{name}: was accepted")
     assert not wrong, "\n".join(wrong)
-    assert modules() == before and time.perf_counter() - started < 3 and not kept(tmp_path)[0]
+    assert modules() == before and not kept(tmp_path)[0]
 
 
 def test_a_mapping_chooses_settings_for_each_network(tmp_path):
@@ -296,11 +319,10 @@ def test_casts_are_refused_and_change_nothing(options, usual):
     assert isinstance(pipeline, StableDiffusionXLPipeline) and pipeline.vae.half().dtype == torch.float16
 
 
-@repacks
 def test_what_ran_on_the_cpu_is_not_moved_to_a_gpu(usual):
     pipeline = load(usual[0])
     assert not q.repacked(pipeline)
-    draw(pipeline)
+    repack(pipeline)
     for move in (lambda: pipeline.to("cuda"), lambda: pipeline.unet.to("cuda:0"), lambda: pipeline.text_encoder.cuda()):
         with pytest.raises(ValidationError, match="repacks 4-bit weights: load it again with device='cuda"): move()
 
@@ -319,14 +341,12 @@ def declared(path, tensors):
         f.truncate(8 + len(text) + at)
 
 
-def test_too_little_memory_is_known_from_the_headers(tmp_path):
+def test_too_little_memory_is_known_from_the_headers(tmp_path, nothing_loaded):
     shutil.copytree(TINY, tmp_path/"huge")
     declared(tmp_path/"huge"/"unet"/"diffusion_pytorch_model.safetensors", {"conv_in.weight": (1 << 18, 1 << 9, 3, 3), "proj.weight": (1 << 20, 1 << 18)})
     assert os.stat(tmp_path/"huge"/"unet"/"diffusion_pytorch_model.safetensors").st_size > 1 << 39
     for options in ({}, {"use_4bit": False}, {"loader": load_v2}, {"loader": load_sdxl}):
-        started = time.perf_counter()
         with pytest.raises(InsufficientMemoryError, match="Nothing would fit: the smallest, nf4-dq, needs 1"): load(tmp_path, tmp_path/"huge", **options)
-        assert time.perf_counter() - started < 2  # to read half a terabyte takes longer
 
 
 def test_what_would_fit_is_said(tmp_path):
@@ -471,7 +491,7 @@ def edit(file, change):
 
 
 def edit_manifest(folder, change):
-    about = json.loads((folder/q.MANIFEST).read_text())
+    about = json.loads((folder/q.MANIFEST).read_text(encoding="utf-8"))
     (folder/q.MANIFEST).write_text(json.dumps(change(about)))
 
 
@@ -546,7 +566,7 @@ def test_the_key_knows_everything_that_matters(tmp_path, monkeypatch):
     file = tmp_path/"model"/"unet"/"diffusion_pytorch_model.safetensors"
     os.utime(file, ns=(file.stat().st_atime_ns, file.stat().st_mtime_ns + 1))
     keys["touched"] = folder(request)
-    with (tmp_path/"model"/"unet"/"config.json").open("a") as f: f.write("\n")
+    with (tmp_path/"model"/"unet"/"config.json").open("a", encoding="utf-8") as f: f.write("\n")
     keys["longer"] = folder(request)
     assert len(set(keys.values())) == len(keys), keys
     assert all(k.parent == tmp_path/"hub-quantized" for k in keys.values())
@@ -677,7 +697,7 @@ def test_what_is_not_to_be_saved(usual, tmp_path):
     (tmp_path/"file").write_text("mine")
     for taken in ("full", "file"):
         with pytest.raises(ValidationError, match=f"{taken} exists: name a new folder"): save_quantized(pipeline, tmp_path/taken)
-    assert (tmp_path/"full"/"mine.txt").read_text() == (tmp_path/"file").read_text() == "mine" and len(list((tmp_path/"full").iterdir())) == 1
+    assert (tmp_path/"full"/"mine.txt").read_text(encoding="utf-8") == (tmp_path/"file").read_text(encoding="utf-8") == "mine" and len(list((tmp_path/"full").iterdir())) == 1
     for other in (plain, "text", None):
         with pytest.raises(ValidationError, match="not quantized by one of our loaders: use its save_pretrained"): save_quantized(other, tmp_path/"new")
     assert not (tmp_path/"new").exists()
@@ -688,11 +708,10 @@ def test_what_is_not_to_be_saved(usual, tmp_path):
         with pytest.raises(ValidationError, match="not what save_quantized writes"): load_quantized(nothing, "cpu")
 
 
-@repacks
 def test_after_an_image_the_checkpoint_is_saved_or_nothing(cached, tmp_path):
     cache, folder = cached
     pipeline = load(cache)
-    draw(pipeline)
+    repack(pipeline)
     assert q.repacked(pipeline)
     assert listing(save_quantized(pipeline, tmp_path/"copy")) == listing(folder)
     SPOILT["flipped"](folder)
@@ -702,11 +721,10 @@ def test_after_an_image_the_checkpoint_is_saved_or_nothing(cached, tmp_path):
     assert not (tmp_path/"damaged").exists() and not (tmp_path/"gone").exists()
 
 
-@repacks
 def test_layers_of_another_machine_are_refused_here(odd, tmp_path, monkeypatch):
-    with monkeypatch.context() as m:
-        m.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # as on a machine that can run them
-        save_quantized(load(tmp_path, odd), tmp_path/"out")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: False)  # as on a machine that can run them
+    save_quantized(load(tmp_path, odd), tmp_path/"out")
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)  # as on one that cannot
     with pytest.raises((ValidationError, ModelLoadError), match="this processor"): load_quantized(tmp_path/"out", "cpu")
 
 

@@ -1,5 +1,5 @@
 "The registry under threads, processes, crashes, damaged files, and against a real HTTP server that speaks the Hub's protocol."
-import hashlib, json, os, re, shutil, signal, socket, subprocess, sys, threading, time
+import hashlib, itertools, json, os, re, shutil, signal, socket, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -151,7 +151,7 @@ def test_pickles_are_never_loaded(tmp_path):
                                             (lambda c: c.update(model_type="bert"), "model_type 'bert'")])
 def test_weights_that_do_not_fit_the_config(change, message, tmp_path):
     folder = Path(shutil.copytree(TINY, tmp_path / "m"))
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     change(config)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelLoadError, match=message): load_model(folder, "cpu")
@@ -204,7 +204,7 @@ def test_a_pipeline_with_lost_weights_is_refused(sdxl, tmp_path):
     save_file(weights, file)
     with pytest.raises(ModelLoadError, match="conv_in.weight"): load_model(folder, "cpu")
     save_file({**weights, "conv_in.weight": lost}, file)
-    index = json.loads((folder / "model_index.json").read_text())
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
     (folder / "model_index.json").write_text(json.dumps({**index, "unet": ["os", "system"]}))
     with pytest.raises(ModelLoadError, match="code from 'os'"): load_model(folder, "cpu")
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -270,23 +270,27 @@ def test_eviction_passes_over_a_leased_model_although_it_is_the_oldest(shop):
         assert [k[0] for k in r._loaded] == ["clip", "tiny-clip"]
 
 
-def test_threads_that_lease_more_than_fits_keep_the_limit_and_their_models(shop):
-    size, bad, stop = reg.model_bytes(load_model("tiny-clip", "cpu")), [], time.monotonic() + 4
+def test_threads_that_lease_more_than_fits_keep_the_limit_and_their_models(shop, loads):
+    size, bad, refused, leased, enough = reg.model_bytes(load_model("tiny-clip", "cpu")), [], [], {k: 0 for k in range(4)}, 25
     r = make_registry(shop, max_bytes=2 * size + 1000)
     names = ["clip", "other", "tiny-clip", "shop/clip"]
+    stop = time.monotonic() + 120  # if the others hold everything for ever
 
     def work(k):
-        for i in range(10_000):
-            if time.monotonic() > stop: return
+        "Go on until each thread has had enough leases, so that there is always someone to contend with."
+        for i in itertools.count():
+            if min(leased.values()) >= enough or time.monotonic() > stop: return
             try:
                 with r.lease(names[(i * (k + 1)) % 4]) as model:
                     for _ in range(2):
                         with r._state: held = list(r._loaded.values())
                         if sum(m.bytes for m in held) > r.max_bytes or not any(m.model is model for m in held): bad.append((k, i))
                         time.sleep(.001)
-            except InsufficientMemoryError: pass
+                leased[k] += 1
+            except InsufficientMemoryError: refused.append((k, i))
     with ThreadPoolExecutor(4) as pool: list(pool.map(work, range(4)))
     assert not bad and all(m.leases == 0 for m in r._loaded.values())
+    assert min(leased.values()) >= enough and refused and len(loads) > 3  # there was work, there was contention, and models were evicted
 
 
 def test_leases_are_given_back_after_errors(shop):
@@ -350,7 +354,7 @@ def test_versions_and_stages(shop):
     with pytest.raises(ModelNotFoundError, match="stage='archived'"): r.get_model("clip", OLD[:8])
     r.get_model("clip", stage="archived"), r.get_model("clip", NEW[:5], "production")
     assert [m["commit"] for m in r.specs().to_dict()["models"] if m["alias"] == "clip"] == [NEW]
-    assert json.loads(r.lockfile.read_text())["models"]["clip"][0]["repo_id"] == "shop/clip"
+    assert json.loads(r.lockfile.read_text(encoding="utf-8"))["models"]["clip"][0]["repo_id"] == "shop/clip"
     pruned = subprocess.run([Path(sys.executable).parent / "hf", "cache", "prune", "--yes", "--cache-dir", shop], capture_output=True, text=True)
     assert pruned.returncode == 0 and r.verify("clip").ok and (shop / "models--shop--clip" / "snapshots" / OLD).is_dir()
 
@@ -360,10 +364,10 @@ def test_versions_and_stages(shop):
                                   '{"models": {"clip": [{"repo_id": "shop/clip", "commit": "../x", "patterns": [], "stage": "staging", "locked_at": ""}]}}'])
 def test_a_damaged_lockfile_says_what_to_do(text, shop):
     r = make_registry(shop, lockfile=shop / "my.json")
-    (shop / "my.json").write_text(text)
+    (shop / "my.json").write_text(text, encoding="utf-8")
     for use in (r.specs, lambda: r.get_model("clip"), lambda: r.prefetch("clip")):
         with pytest.raises(ValidationError, match="damaged .*prefetch the models again"): use()
-    assert (shop / "my.json").read_text() == text
+    assert (shop / "my.json").read_text(encoding="utf-8") == text
 
 
 def test_a_version_that_can_mean_two_is_not_guessed(shop):
@@ -409,13 +413,14 @@ def test_processes_lock_without_losing_a_version(tmp_path):
 
 def test_a_killed_process_leaves_a_valid_lockfile(tmp_path):
     lock = tmp_path / "lock.json"
-    for delay in (.01, .03, .05, .08):
-        p = subprocess.Popen([sys.executable, "-c", PROMOTE, lock, "m", "100000"], stdout=subprocess.PIPE)
-        p.stdout.readline()
-        time.sleep(delay)
+    for versions in (1, 5, 20, 40):
+        p, stop = subprocess.Popen([sys.executable, "-c", PROMOTE, lock, "m", "100000"]), time.monotonic() + 60
+        while len(reg.read_lock(lock).get("m", ())) < versions:
+            assert time.monotonic() < stop and p.poll() is None
+            time.sleep(.001)
         p.send_signal(signal.SIGKILL)
         p.wait()
-        if lock.exists(): reg.read_lock(lock)
+        assert len(reg.read_lock(lock)["m"]) >= versions
     with reg.edit_lock(lock) as models: assert models["m"]
 
 
@@ -535,10 +540,8 @@ def test_a_repository_that_does_not_exist(hub, tmp_path):
 
 @pytest.mark.parametrize("name", ["clip-vit-base", "org/name"])
 def test_an_unreachable_hub_is_a_clear_error_soon(name, tmp_path):
-    start = time.monotonic()
-    error = call(tmp_path, "http://127.0.0.1:9", "prefetch", name)
+    error = call(tmp_path, "http://127.0.0.1:9", "prefetch", name)  # within the minute that `python` grants
     assert error["error_type"] == "ModelNotFoundError" and "could not be reached" in error["message"] and "--model tiny-clip" in error["message"]
-    assert time.monotonic() - start < 15
 
 
 def test_the_network_is_not_touched_for_what_is_cached(hub, shop):
@@ -562,9 +565,8 @@ def test_a_download_that_keeps_breaking_is_a_typed_error_and_leaves_nothing_that
 
 def test_a_hub_that_never_answers_is_given_up(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        start = time.monotonic()
         error = call(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", "prefetch", "clip")
-    assert error["error_type"] == "ModelNotFoundError" and "could not be reached (timed out)" in error["message"] and time.monotonic() - start < 20
+    assert error["error_type"] == "ModelNotFoundError" and "could not be reached (timed out)" in error["message"]  # within the minute that `python` grants
 
 
 @pytest.mark.parametrize("status", [401, 403, 429, 503])

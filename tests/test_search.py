@@ -1,5 +1,5 @@
 "Search beyond its lesson: every answer equals brute force, whatever the data, the block and the place; what is wrong is said."
-import os, signal, subprocess, sys, threading, time, tracemalloc
+import os, subprocess, sys, threading, tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest, threadpoolctl
@@ -317,11 +317,30 @@ def test_searches_beside_one_another_and_given_up_leave_the_process_as_it_was():
 
 
 def test_an_interrupt_ends_a_long_search_at_once():
-    code = ("import numpy as np; from devsky_nb.search import similar_pairs; x = np.random.default_rng(0).normal(size=(20000, 128)).astype('f4');"
-            "x /= np.linalg.norm(x, axis=1, keepdims=True); g = similar_pairs(x, .3); next(g)\n"
-            "try:\n  print('started', flush=True)\n  for _ in g: pass\nexcept KeyboardInterrupt: print('interrupted', flush=True)")
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline() == "started\n"
-        process.send_signal(signal.SIGINT)
-        start = time.perf_counter()
-        assert process.stdout.read() == "interrupted\n" and process.wait() == 0 and time.perf_counter() - start < 10
+    "What is under way is finished, nothing else is begun, and no thread stays."
+    code = """
+import os, signal, threading, numpy as np
+from devsky_nb import search
+x = np.random.default_rng(0).normal(size=(20_000, 64)).astype("f4")
+x /= np.linalg.norm(x, axis=1, keepdims=True)
+begun, real = [], search.Clusters.blocks
+def blocks(*args):
+    for block in real(*args):
+        begun.append(1)
+        yield block
+search.Clusters.blocks = blocks
+def all_pairs(also):
+    begun.clear()
+    for pairs in search.similar_pairs(x, .6, also=also): pass
+def every(a, b): return np.ones((len(a), len(b)), bool)
+def interrupted(a, b):
+    os.kill(os.getpid(), signal.SIGINT)
+    return every(a, b)
+all_pairs(every)
+print(len(begun))
+try: all_pairs(interrupted)
+except KeyboardInterrupt: print(len(begun), [t.name for t in threading.enumerate() if t.name.startswith("devsky-pairs")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, timeout=120)
+    whole, begun, threads = done.stdout.split(maxsplit=2)
+    assert threads == "[]\n" and int(begun) < int(whole) / 2, done.stdout

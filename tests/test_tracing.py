@@ -59,7 +59,7 @@ def test_another_configuration_size_or_switch_is_another_trace(tmp_path):
     shutil.copytree(part.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors"))
     copy = tmp_path / "copy" / "unet"
     assert trace_key(copy, Shape(64, 64), Switches()) == key
-    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    (copy / "config.json").write_text((copy / "config.json").read_text(encoding="utf-8") + " ", encoding="utf-8")
     assert trace_key(copy, Shape(64, 64), Switches()) != key
 
 
@@ -79,9 +79,9 @@ def test_what_cannot_be_traced_is_named(config, tmp_path):
 def test_a_unet_that_is_wrong_in_itself_is_named(change, tmp_path):
     for part in ("unet", "vae", "text_encoder_2"):
         (tmp_path / part).mkdir()
-        (tmp_path / part / "config.json").write_text((CONFIGS / "sdxl-base" / part / "config.json").read_text())
+        (tmp_path / part / "config.json").write_text((CONFIGS / "sdxl-base" / part / "config.json").read_text(encoding="utf-8"), encoding="utf-8")
     config = tmp_path / "unet" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | change))
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | change))
     with pytest.raises(ValidationError, match="unet cannot be traced: "): trace_part(tmp_path / "unet", Shape(1024, 1024))
 
 

@@ -102,7 +102,7 @@ def test_everything_is_accounted_for_and_can_be_reported(tiny, tmp_path, entries
     r = report.results
     assert sorted([e["index"] for e in r["errors"]] + r["embeddings"].indices.tolist()) == list(range(len(entries)))
     assert [report.status(e["index"]) for e in r["errors"]] == ["error"] * r["failed"]
-    data = json.loads(report.to_json(tmp_path / "r.json").read_text())
+    data = json.loads(report.to_json(tmp_path / "r.json").read_text(encoding="utf-8"))
     assert data["total_images"] == len(data["statuses"]) == len(entries)
     assert report.to_html(tmp_path / "r.html").stat().st_size > 1000
     report.print(Console(file=io.StringIO()))
@@ -237,7 +237,7 @@ def test_html_is_inert_and_self_contained_whatever_ids_and_labels_are(tiny, tmp_
     console = Console(file=io.StringIO(), force_terminal=False, width=200)
     report.print(console)
     assert "\x1b" not in console.file.getvalue()
-    json.loads(report.to_json(tmp_path / "r.json").read_text())
+    json.loads(report.to_json(tmp_path / "r.json").read_text(encoding="utf-8"))
 
 
 def test_the_page_of_a_large_set_stays_small(tiny, tmp_path):
@@ -245,7 +245,7 @@ def test_the_page_of_a_large_set_stays_small(tiny, tmp_path):
     shots = [one.copy() for _ in range(400)]
     for i, s in enumerate(shots): s.putpixel((0, 0), (i % 256, i // 256, 9))
     report = check_image_set({"images": [{"image": s} for s in shots] + [{"path": f"{i}.jpg"} for i in range(300)]}, tiny)
-    text = report.to_html(tmp_path / "r.html").read_text()
+    text = report.to_html(tmp_path / "r.html").read_text(encoding="utf-8")
     assert text.count("<img") <= 120 and len(text) < 500_000 and "100 more are in the JSON report" in text
     assert len(report.to_dict()["errors"]) == 300
 
@@ -273,7 +273,7 @@ def test_reports_are_written_whole_or_not_at_all(tiny, tmp_path):
     ("a: 2024-99-99", "not readable as YAML"), ("[" * 5000, "not readable as YAML"), ("\x00", "not readable as YAML")])
 def test_a_wrong_contract_names_the_file_and_the_key(tmp_path, text, says):
     file = tmp_path / "contract.yaml"
-    file.write_text(text)
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(ValidationError) as caught: ImageSetContract.from_yaml(file)
     assert "contract.yaml" in str(caught.value) and says in str(caught.value), str(caught.value)
     assert caught.value.details["path"] == str(file)

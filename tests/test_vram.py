@@ -118,7 +118,7 @@ def test_odd_values_in_a_configuration(change, tmp_path):
     folder = shutil.copytree(CONFIGS / "sd15", tmp_path / "model")
     for part, values in change.items():
         file = folder / part / "config.json"
-        file.write_text(json.dumps(json.loads(file.read_text()) | values))
+        file.write_text(json.dumps(json.loads(file.read_text(encoding="utf-8")) | values))
     with pytest.raises(ValidationError, match="sample_size|block_out_channels"): estimate_vram(folder)
 
 

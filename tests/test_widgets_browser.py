@@ -30,10 +30,10 @@ def lab(tmp_path_factory):
     news = home / "settings" / "@jupyterlab" / "apputils-extension" / "notification.jupyterlab-settings"
     news.parent.mkdir(parents=True)
     news.write_text('{"fetchNews": "false"}')
-    log = (home / "lab.log").open("w")
+    log = (home / "lab.log").open("w", encoding="utf-8")
     server = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}/api?token={TOKEN}"), 90, lambda: (home / "lab.log").read_text()[-2000:], server)
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/api?token={TOKEN}"), 90, lambda: (home / "lab.log").read_text(encoding="utf-8")[-2000:], server)
         yield f"http://127.0.0.1:{port}", home
     finally:
         server.terminate()
@@ -192,16 +192,16 @@ def test_a_point_of_the_map_is_reached_by_tab_and_shows_its_neighbours(find, exp
 
 def test_a_review_is_exported_and_never_over_the_source(find, expect, opened):
     review, folder = find("Validation review"), opened[2]
-    source = (folder / "catalogue" / "image_set.json").read_text()
+    source = (folder / "catalogue" / "image_set.json").read_text(encoding="utf-8")
     labelled(review, "show").locator("select").select_option(label=review.locator("option", has_text="failed").first.inner_text())
     review.get_by_role("button", name="Leave all out").click()
     review.get_by_role("button", name="Export").click()
     expect(review.get_by_role("alert")).to_contain_text("choose another name")
-    assert (folder / "catalogue" / "image_set.json").read_text() == source
+    assert (folder / "catalogue" / "image_set.json").read_text(encoding="utf-8") == source
     labelled(review, "file").locator("input").fill("reviewed.json")
     review.get_by_role("button", name="Export").click()
     expect(review.get_by_role("status")).to_contain_text("written: reviewed.json")
-    assert len(json.loads((folder / "reviewed.json").read_text())["images"]) == 13
+    assert len(json.loads((folder / "reviewed.json").read_text(encoding="utf-8"))["images"]) == 13
 
 
 def test_the_cache_is_emptied_after_the_box_is_ticked(find, expect, opened):
