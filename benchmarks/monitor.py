@@ -2,76 +2,100 @@
 
 usage: python benchmarks/monitor.py [--rounds 80] [--steps 4]
 
-Method. tiny-sdxl draws the same picture (64 px, fp32, on the CPU) plainly and under `VramMonitor(pipeline)` with its default of 50 samples a
-second, in turn, after one warm-up each; which side goes first alternates. The time includes entering and leaving the monitor. The ratio is that
-of the medians, by the clock and by processor time (of all threads, which the machine's other work disturbs less); "plain / plain" is the same of
-the plain runs of even and odd rounds, which is what noise alone makes. "Counted" is what the monitor's readings take by themselves: samples and
-borders of one run, at the cost of each. A step of tiny-sdxl takes
-tens of milliseconds where SDXL's on a CPU takes ten thousand and on a GPU a hundred, so the share of the borders is larger here than in earnest.
-A sample is one reading that is kept; a border is a sample, and reading and resetting the system's highest use. Their cost is measured in place,
-between a network's operations, where nothing of them is in the processor's caches, and in a loop, where all of it is; means of both.
-The rows are written to benchmarks/monitor.json and benchmarks/monitor.md.
+Method. tiny-sdxl draws the same image (64 px, fp32, on the CPU) plainly and under `VramMonitor(pipeline)` with its default
+of 50 samples a second, in turn, after one warm-up each; which side goes first alternates. The time includes entering and
+leaving the monitor. The ratio is that of the medians, by the clock and by processor time (of all threads, which the
+machine's other work disturbs less); "plain / plain" is the same of the plain runs of even and odd rounds, which is what
+noise alone makes. "Counted" is what the monitor's readings take by themselves: samples and borders of one run, at the cost
+of each. A step of tiny-sdxl takes tens of milliseconds where SDXL's on a CPU takes ten thousand and on a GPU a hundred, so
+the share of the borders is larger here than in earnest. A sample is one reading that is kept; a border is a sample, and
+reading and resetting the system's highest use. Their cost is measured in place, between a network's operations, where
+nothing of them is in the processor's caches, and in a loop, where all of it is; means of both. The rows are written to
+benchmarks/monitor.json and benchmarks/monitor.md.
 """
-import argparse, json, os, platform, statistics, sys, time
+import argparse, json, os, platform, statistics, time
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
-RUNS = 10
+RUNS = 10  # that are looked into
+CALLS = 2000  # of one reading, in a loop
 
 
-def timed(f) -> tuple[float, float]:
+def timed(f: Callable[[], object]) -> tuple[float, float]:
     "Seconds by the clock and of processor time."
-    start, work = time.perf_counter(), time.process_time()
+    clock = time.perf_counter()
+    work = time.process_time()
     f()
-    return time.perf_counter() - start, time.process_time() - work
+    return time.perf_counter() - clock, time.process_time() - work
 
 
 def load(steps: int):
     "The pipeline, and a function that draws with it."
     import torch
-    from devsky_nb.registry import load_model
+    from devsky_nb.hub.registry import load_model
     pipeline = load_model("tiny-sdxl", device="cpu", dtype=torch.float32, offline=True)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, lambda: pipeline("a red dress", num_inference_steps=steps, width=64, height=64, generator=torch.Generator().manual_seed(0)).images[0].tobytes()
+
+    def draw() -> bytes:
+        generator = torch.Generator().manual_seed(0)
+        images = pipeline("a red dress", num_inference_steps=steps, width=64, height=64, generator=generator).images
+        return images[0].tobytes()
+    return pipeline, draw
 
 
-def measure(pipeline, draw, rounds: int) -> dict:
+def summary(plain: list[float], monitored: list[float]) -> dict:
+    "Medians of both sides, and what they mean."
+    median = statistics.median
+    return {"plain": round(median(plain), 5), "monitored": round(median(monitored), 5),
+            "ratio": round(median(monitored) / median(plain), 4),
+            "plain_to_plain": round(median(plain[::2]) / median(plain[1::2]), 4)}
+
+
+def measure(pipeline, draw: Callable[[], bytes], rounds: int) -> dict:
     "Both sides in turn."
-    from devsky_nb.monitor import VramMonitor
+    from devsky_nb import VramMonitor
 
-    def watched():
+    def watched() -> bytes:
         with VramMonitor(pipeline): return draw()
 
     sides = {"plain": draw, "monitored": watched}
-    if draw() != watched(): raise SystemExit("the monitor changed the picture")
-    seconds = {name: [] for name in sides}
+    if draw() != watched(): raise SystemExit("the monitor changed the image")
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
     for i in range(rounds):
         for name in (list(sides) if i % 2 else reversed(sides)): seconds[name].append(timed(sides[name]))
     result = {}
     for k, kind in enumerate(("clock", "processor")):
-        plain, monitored = ([t[k] for t in seconds[name]] for name in sides)
-        middle = statistics.median
-        result[kind] = {"plain": round(middle(plain), 5), "monitored": round(middle(monitored), 5), "ratio": round(middle(monitored) / middle(plain), 4),
-                        "plain_to_plain": round(middle(plain[::2]) / middle(plain[1::2]), 4)}
+        result[kind] = summary(*([both[k] for both in seconds[name]] for name in sides))
     return result
 
 
-def parts(pipeline, draw) -> dict:
-    "Microseconds of samples and of borders, their number in one run, in place and in a loop."
-    from devsky_nb.monitor import VramMonitor
-    took = {"_sample": [], "_border": []}
+def microseconds(seconds: list[float]) -> float:
+    "The mean."
+    return round(statistics.mean(seconds) * 1e6, 1)
 
-    def place(monitor):
-        for name, seconds in took.items():
-            setattr(monitor, name, lambda f=getattr(monitor, name), seconds=seconds: seconds.append(timed(f)[0]))
+
+def readings(pipeline, draw: Callable[[], bytes]) -> dict:
+    "Microseconds of samples and of borders, their number in one run, in place and in a loop."
+    from devsky_nb import VramMonitor
+    took: dict[str, list[float]] = {"_sample": [], "_border": []}
+
+    def watch(monitor: VramMonitor, name: str) -> None:
+        "Have one of the monitor's readings timed whenever it is taken."
+        reading = getattr(monitor, name)
+        setattr(monitor, name, lambda: took[name].append(timed(reading)[0]))
 
     for _ in range(RUNS):
         with VramMonitor(pipeline) as monitor:
-            place(monitor)
+            for name in took: watch(monitor, name)
             draw()
+    result = {}
     with VramMonitor(device="cpu", interval=3600.) as monitor:
-        return {name: {"in_place": round(statistics.mean(found) * 1e6, 1), "in_a_loop": round(statistics.mean(timed(getattr(monitor, name))[0] for _ in range(2000)) * 1e6, 1),
-                       "of_one_run": round(len(found) / RUNS, 1)} for name, found in took.items()}
+        for name, found in took.items():
+            in_a_loop = [timed(getattr(monitor, name))[0] for _ in range(CALLS)]
+            result[name] = {"in_place": microseconds(found), "in_a_loop": microseconds(in_a_loop),
+                            "of_one_run": round(len(found) / RUNS, 1)}
+    return result
 
 
 def main():
@@ -82,26 +106,39 @@ def main():
     os.environ["HF_HUB_OFFLINE"] = "1"
     import diffusers, torch
     pipeline, draw = load(args.steps)
-    generation, readings = measure(pipeline, draw, args.rounds), parts(pipeline, draw)
-    extra = readings["_border"]["of_one_run"] * readings["_border"]["in_place"] + (readings["_sample"]["of_one_run"] - readings["_border"]["of_one_run"]) * readings["_sample"]["in_place"]
-    result = {"machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
-              "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__}, "rounds": args.rounds, "steps": args.steps,
-              "generation": generation, "microseconds": readings, "counted": round(1 + extra / 1e6 / generation["clock"]["plain"], 4)}
-    (HERE / "monitor.json").write_text(json.dumps(result, indent=2) + "\n")
+    generation = measure(pipeline, draw, args.rounds)
+    parts = readings(pipeline, draw)
+    sample = parts["_sample"]
+    border = parts["_border"]
+    by_thread = sample["of_one_run"] - border["of_one_run"]  # a border takes a sample, too
+    extra = border["of_one_run"] * border["in_place"] + by_thread * sample["in_place"]
+    result = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+        "versions": {"torch": torch.__version__, "diffusers": diffusers.__version__}, "rounds": args.rounds,
+        "steps": args.steps, "generation": generation, "microseconds": parts,
+        "counted": round(1 + extra / 1e6 / generation["clock"]["plain"], 4)}
+    (HERE / "monitor.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (HERE / "monitor.md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
 
 def table(result: dict) -> str:
     "The result as Markdown."
-    v, sample, border = result["versions"], result["microseconds"]["_sample"], result["microseconds"]["_border"]
-    rows = [f"| {kind} | {g['plain'] * 1e3:.1f} | {g['monitored'] * 1e3:.1f} | **{g['ratio']:.3f}** | {g['plain_to_plain']:.3f} | {result['counted']:.3f} |" for kind, g in result["generation"].items()]
+    versions = result["versions"]
+    sample = result["microseconds"]["_sample"]
+    border = result["microseconds"]["_border"]
+    rows = []
+    for kind, found in result["generation"].items():
+        plain = f"{found['plain'] * 1e3:.1f} | {found['monitored'] * 1e3:.1f} | **{found['ratio']:.3f}**"
+        rows.append(f"| {kind} | {plain} | {found['plain_to_plain']:.3f} | {result['counted']:.3f} |")
+    by_thread = sample["of_one_run"] - border["of_one_run"]
     return "\n".join([
-        "# A generation with and without VramMonitor", "", f"{result['machine']}; torch {v['torch']}, diffusers {v['diffusers']}; tiny-sdxl, {result['steps']} steps, "
+        "# A generation with and without VramMonitor", "",
+        f"{result['machine']}; torch {versions['torch']}, diffusers {versions['diffusers']}; tiny-sdxl, {result['steps']} steps, "
         f"64 px, on the CPU; {result['rounds']} rounds, medians.", "",
         "| | plain, ms | monitored, ms | ratio | plain / plain | counted |", "|---|---|---|---|---|---|", *rows, "",
         "| | in place, µs | in a loop, µs | in one run |", "|---|---|---|---|",
-        f"| a sample by the thread | {sample['in_place']} | {sample['in_a_loop']} | {sample['of_one_run'] - border['of_one_run']:.0f} |",
+        f"| a sample by the thread | {sample['in_place']} | {sample['in_a_loop']} | {by_thread:.0f} |",
         f"| a border | {border['in_place']} | {border['in_a_loop']} | {border['of_one_run']:.0f} |", "",
         "Method: see the head of `monitor.py`. Run it again with `python benchmarks/monitor.py`.", ""])
 

@@ -33,7 +33,7 @@ def photographs(size: tuple[int, int]) -> list[bytes]:
 
 def middle(size: tuple[int, int], short: int = 224) -> tuple[tuple[int, int], tuple[int, int]]:
     "The resized size, and where the square starts in it."
-    from devsky_nb.preprocess import resized_size
+    from devsky_nb.images.preprocess import resized_size
     w, h = resized_size(*size, short)
     return (w, h), ((w - short) // 2, (h - short) // 2)
 
@@ -42,8 +42,8 @@ def candidates() -> dict:
     "Functions from a file's bytes to (3, 224, 224) float32."
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    from devsky_nb.images import load_image
-    from devsky_nb.preprocess import ClipPreprocessor
+    from devsky_nb.images.load import load_image
+    from devsky_nb.images.preprocess import ClipPreprocessor
     theirs, ours = CLIPImageProcessorPil(), ClipPreprocessor()
     reference = lambda image: np.asarray(theirs(image, return_tensors="np")["pixel_values"][0])
     floats = lambda pixels: np.stack([ours.table[c][pixels[..., c]] for c in range(3)])
@@ -52,18 +52,20 @@ def candidates() -> dict:
         image = load_image(data)[0]
         (w, h), (left, top) = middle(image.size)
         sx, sy = image.width / w, image.height / h
-        return floats(np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC, box=(left * sx, top * sy, (left + 224) * sx, (top + 224) * sy))))
+        return floats(np.asarray(image.resize((224, 224), Image.Resampling.BICUBIC,
+                                              box=(left * sx, top * sy, (left + 224) * sx, (top + 224) * sy))))
 
     found = {"reference": lambda data: reference(Image.open(io.BytesIO(data)).convert("RGB")),
              "devsky_nb": lambda data: ours(load_image(data)[0]),
-             "devsky_nb, scaled decoding": lambda data: ours(load_image(data, least=ours.least)[0]),
+             "devsky_nb, scaled decoding": lambda data: ours(load_image(data, min_edge=ours.min_edge)[0]),
              "Pillow, boxed resize": boxed}
     if find_spec("simplejpeg"):
         import simplejpeg
         found["simplejpeg, then devsky_nb"] = lambda data: ours(Image.fromarray(simplejpeg.decode_jpeg(data)))
     if find_spec("hf_processors_rs"):
         import hf_processors_rs
-        rust = hf_processors_rs.AutoImageProcessor.from_dict(theirs.to_dict() | {"image_processor_type": "CLIPImageProcessor"}, backend="pil")
+        rust = hf_processors_rs.AutoImageProcessor.from_dict(theirs.to_dict() | {"image_processor_type": "CLIPImageProcessor"},
+                                                             backend="pil")
         found["hf-processors-rs"] = lambda data: np.asarray(rust(data, num_threads=1))[0]
     if find_spec("cv2"):
         import cv2
@@ -79,7 +81,8 @@ def candidates() -> dict:
         def interpolate(data):
             pixels = np.array(load_image(data)[0])
             (w, h), (left, top) = middle(pixels.shape[1::-1])
-            small = torch.nn.functional.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None], size=(h, w), mode="bicubic", antialias=True)
+            small = torch.nn.functional.interpolate(torch.from_numpy(pixels).permute(2, 0, 1)[None], size=(h, w), mode="bicubic",
+                                                    antialias=True)
             return floats(small[0].permute(1, 2, 0).numpy()[top:top + 224, left:left + 224])
         found["torch, uint8 antialias"] = interpolate
     return found
@@ -87,7 +90,7 @@ def candidates() -> dict:
 
 def measure(files: list[bytes], rounds: int) -> dict:
     "Every candidate in turn on the same files."
-    from devsky_nb.preprocess import CLIP_STD
+    from devsky_nb.images.preprocess import CLIP_STD
     sides = candidates()
     levels = np.float32(CLIP_STD)[:, None, None] * 255
     exact = [sides["reference"](d) for d in files]
@@ -99,11 +102,16 @@ def measure(files: list[bytes], rounds: int) -> dict:
             for d in files: f(d)
             seconds[k].append((time.process_time() - start) / len(files))
     return {k: {"ms": round(1000 * statistics.median(seconds[k]), 2),
-                "ratio": round(statistics.median(a / b for a, b in zip(seconds[k], seconds["reference"])), 2),
-                "equal": bool((difference[k] == 0).all()), "largest_difference": round(float(difference[k].max()), 1),
-                "share_that_differs": round(float((difference[k] > 0.5).mean()), 4),
-                "psnr": None if (difference[k] == 0).all() else round(float(10 * np.log10(255**2 / (difference[k]**2).mean((1, 2, 3)).max())), 1)}
+                "ratio": round(statistics.median(a / b for a, b in zip(seconds[k], seconds["reference"])), 2)} | deviation(difference[k])
             for k in sides}
+
+
+def deviation(difference: np.ndarray) -> dict:
+    "How far a candidate's values are from the reference's; in levels of 255, (images, 3, 224, 224)."
+    equal = bool((difference == 0).all())
+    psnr = None if equal else round(float(10 * np.log10(255**2 / (difference**2).mean((1, 2, 3)).max())), 1)
+    return {"equal": equal, "largest_difference": round(float(difference.max()), 1),
+            "share_that_differs": round(float((difference > 0.5).mean()), 4), "psnr": psnr}
 
 
 def main():
@@ -118,20 +126,22 @@ def main():
     names = {"simplejpeg": "simplejpeg", "opencv-python-headless": "cv2", "hf-processors-rs": "hf_processors_rs"}
     result = {"machine": platform.machine(), "versions": {p: version(p) for p in PACKAGES if p not in names or find_spec(names[p])},
               "rounds": args.rounds, "rows": rows}
-    (HERE / "preprocessing.json").write_text(json.dumps(result, indent=2) + "\n")
+    (HERE / "preprocessing.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     (HERE / "preprocessing.md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
 
 def table(result: dict) -> str:
     "The result as Markdown."
-    lines = ["# From JPEG bytes to CLIP's input", "", f"{result['machine']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; "
+    lines = ["# From JPEG bytes to CLIP's input", "",
+             f"{result['machine']}; {', '.join(f'{k} {v}' for k, v in result['versions'].items())}; "
              f"{result['rounds']} rounds over four photographs, one thread. CPU time, medians.", "",
              "| JPEG | candidate | ms | ratio to the reference | equal | values that differ | by up to (levels of 255) | smallest PSNR |",
              "|---|---|---|---|---|---|---|---|"]
     for size, row in result["rows"].items():
         for name, r in row.items():
-            lines.append(f"| {size} | {name} | {r['ms']} | **{r['ratio']}** | {'yes' if r['equal'] else 'no'} | {r['share_that_differs']:.2%} "
+            equal = "yes" if r["equal"] else "no"
+            lines.append(f"| {size} | {name} | {r['ms']} | **{r['ratio']}** | {equal} | {r['share_that_differs']:.2%} "
                          f"| {r['largest_difference']} | {r['psnr'] or ''} |")
     return "\n".join(lines) + "\n\nMethod: see the head of `preprocessing.py`. Run it again with `python benchmarks/preprocessing.py`.\n"
 

@@ -2,16 +2,19 @@
 
 usage: python benchmarks/search.py [--sizes 30000 100000] [--dim 512] [--random 50000] [--rounds 3]
 
-Method. Vectors are made up. "clustered": a common mean, one middle for every 200 vectors, 64 directions of falling spread around it, and 2% copies
-with a little noise; "random": no structure at all, the worst case of the bounds. They lie in a temporary folder, as an array and as
-the Parquet files that `embed_images` writes (10,000 rows each, zstd). The engines take turns
-in one process, single queries and a batch of 1,000; medians of the rounds; k is 10. RSS and the folder are measured in processes of their own.
-"product" is a float32 product and argpartition, block by block, which is not exact at ties. faiss is `IndexFlatIP`; "no copy" its `knn` on the array itself.
-On a machine that others use, set OMP_NUM_THREADS=1 and compare processor time. "RSS" is the highest resident memory minus what the process held with its libraries loaded; it includes the array, where there is one.
-Near-copies: all pairs with a cosine of at least 0.97. "brute force" is a product and comparison of every pair once, its processor time extrapolated from a
-slice of 500 rows against all; faiss's range_search, which meets every pair twice, from the same 500 queries. "compared" is the share of all pairs whose shadows were multiplied. "checked" says that the
-pairs of a slice of 500 rows with all others equal those of brute force. Random vectors are measured at --random and, where that is less than the
-size, extrapolated with its square. The rows are written to benchmarks/search.json and benchmarks/search.md.
+Method. Vectors are made up. "clustered": a common mean, one centroid for every 200 vectors, 64 directions of falling
+spread around it, and 2% copies with a little noise; "random": no structure at all, the worst case of the bounds. They
+lie in a temporary folder, as an array and as the Parquet files that `embed_images` writes (10,000 rows each, zstd).
+The engines take turns in one process, single queries and a batch of 1,000; medians of the rounds; k is 10. RSS and
+the folder are measured in processes of their own. "product" is a float32 product and argpartition, block by block,
+which is not exact at ties. faiss is `IndexFlatIP`; "no copy" its `knn` on the array itself. On a machine that others
+use, set OMP_NUM_THREADS=1 and compare processor time. "RSS" is the highest resident memory minus what the process
+held with its libraries loaded; it includes the array, where there is one. Near-copies: all pairs with a cosine of at
+least 0.97. "brute force" is a product and comparison of every pair once, its processor time extrapolated from a slice
+of 500 rows against all; faiss's range_search, which meets every pair twice, from the same 500 queries. "compared" is
+the share of all pairs whose projections were multiplied. "checked" says that the pairs of a slice of 500 rows with
+all others equal those of brute force. Random vectors are measured at --random and, where that is less than the size,
+extrapolated with its square. The rows are written to benchmarks/search.json and benchmarks/search.md.
 """
 import argparse, json, os, platform, statistics, subprocess, sys, tempfile, threading, time
 from pathlib import Path
@@ -32,14 +35,14 @@ def make_vectors(path: Path, n: int, dim: int, kind: str) -> None:
     "Write n vectors, a block at a time."
     rng = np.random.default_rng(0)
     mean, out = unit(rng.normal(size=(1, dim)))[0], np.lib.format.open_memmap(path, "w+", np.float32, (n, dim))
-    middles = rng.normal(size=(max(1, n // 200), dim)).astype(np.float32) / dim ** .5
+    centroids = rng.normal(size=(max(1, n // 200), dim)).astype(np.float32) / dim ** .5
     directions = (rng.normal(size=(64, dim)) / dim ** .5 * np.arange(1, 65)[:, None] ** -.5).astype(np.float32)
     for s in range(0, n, 16384):
         m = min(16384, n - s)
         noise = rng.standard_normal((m, dim), np.float32) / np.float32(dim ** .5)
         if kind == "random": out[s:s + m] = unit(noise); continue
         spread = rng.standard_normal((m, 64), np.float32) @ directions
-        out[s:s + m] = unit(mean + middles[rng.integers(0, len(middles), m)] + .5 * spread + .3 * noise)
+        out[s:s + m] = unit(mean + centroids[rng.integers(0, len(centroids), m)] + .5 * spread + .3 * noise)
         if s: out[rng.integers(s, s + m, m // 50)] = unit(out[rng.integers(0, s, m // 50)] + .05 * noise[:m // 50])
     out.flush()
 
@@ -51,8 +54,10 @@ def write_folder(array: Path, folder: Path) -> None:
     folder.mkdir()
     for s in range(0, len(x), 10_000):
         part, names = x[s:s + 10_000], [f"sku-{i:07}.jpg" for i in range(s, min(len(x), s + 10_000))]
-        columns = {"id": names, "path": names, "status": ["embedded"] * len(part), "embedding": pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), x.shape[1])}
-        pq.write_table(pa.table(columns).replace_schema_metadata({"devsky_nb.fingerprint": "made-up"}), folder / f"part-{s // 10_000:05}.parquet", compression="zstd")
+        columns = {"id": names, "path": names, "status": ["embedded"] * len(part),
+                   "embedding": pa.FixedSizeListArray.from_arrays(pa.array(part.ravel()), x.shape[1])}
+        pq.write_table(pa.table(columns).replace_schema_metadata({"devsky_nb.fingerprint": "made-up"}),
+                       folder / f"part-{s // 10_000:05}.parquet", compression="zstd")
 
 
 class Memory:
@@ -75,14 +80,16 @@ class Memory:
 def engines(array: str, names: list[str]) -> dict:  # functions of queries
     "Ways to find neighbours; each holds what it needs."
     import faiss
-    from devsky_nb.search import FolderIndex, VectorIndex
-    if names == ["folder"]: return {"folder": lambda q, index=FolderIndex(Path(array).with_suffix("")): index.search(q, K)}
+    from devsky_nb.embedding.search import FolderIndex, VectorIndex
+    if names == ["folder"]:
+        return {"folder": lambda q, index=FolderIndex(Path(array).with_suffix("")): index.search(q, K)}
     x, made = np.load(array), {}
     if "devsky_nb" in names: made["devsky_nb"] = lambda q, index=VectorIndex(x): index.search(q, K)
     if "faiss" in names:
         (index := faiss.IndexFlatIP(x.shape[1])).add(x)
         made["faiss"] = lambda q: index.search(q, K)
-    if "faiss, no copy" in names: made["faiss, no copy"] = lambda q: faiss.knn(q, x, K, metric=faiss.METRIC_INNER_PRODUCT)
+    if "faiss, no copy" in names:
+        made["faiss, no copy"] = lambda q: faiss.knn(q, x, K, metric=faiss.METRIC_INNER_PRODUCT)
     if "product" in names: made["product"] = lambda q: by_product(q, x)
     return made
 
@@ -93,14 +100,15 @@ def by_product(q: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  
     for s in range(0, len(x), 4096):
         scores = np.append(best, q @ x[s:s + 4096].T, 1)
         at = np.argpartition(scores, -K, axis=1)[:, -K:]
-        rows = np.take_along_axis(np.append(rows, np.broadcast_to(np.arange(s, min(len(x), s + 4096)), (len(q), len(scores[0]) - K)), 1), at, 1)
+        rows = np.take_along_axis(np.append(rows, np.broadcast_to(np.arange(s, min(len(x), s + 4096)),
+                                                                  (len(q), len(scores[0]) - K)), 1), at, 1)
         best = np.take_along_axis(scores, at, 1)
     return best, rows
 
 
 def neighbours(array: str, names: str, rounds: str) -> dict:
     "Seconds, processor seconds and answers of some engines, in turn."
-    import faiss, pyarrow.parquet, devsky_nb.search
+    import faiss, pyarrow.parquet, devsky_nb.embedding.search
     x = np.load(array, mmap_mode="r")
     queries, memory = x[::max(1, len(x) // 1000)][:1000].copy(), Memory()
     ask, found, rows = engines(array, names.split(";")), {}, {}
@@ -109,15 +117,18 @@ def neighbours(array: str, names: str, rounds: str) -> dict:
             for name, search in ask.items():
                 wall, cpu = time.perf_counter(), time.process_time()
                 answer = search(queries[:n])
-                found.setdefault(name, {}).setdefault(str(n), []).append((time.perf_counter() - wall, time.process_time() - cpu))
+                found.setdefault(name, {}).setdefault(str(n), []).append((time.perf_counter() - wall,
+                                                                          time.process_time() - cpu))
                 rows[name] = np.sort(answer.rows if hasattr(answer, "rows") else answer[1], 1).tolist()
-    return {"rss": memory.above(), "rows": rows, "seconds": {name: {n: [statistics.median(t) for t in zip(*times)] for n, times in f.items()} for name, f in found.items()}}
+    return {"rss": memory.above(), "rows": rows,
+            "seconds": {name: {n: [statistics.median(t) for t in zip(*times)] for n, times in f.items()} for name,
+                        f in found.items()}}
 
 
 def near_copies(array: str) -> dict:
     "Seconds and memory of all pairs, what brute force and faiss would take, and whether a slice agrees."
     import faiss
-    from devsky_nb import search
+    from devsky_nb.embedding import pairs as search
     memory, x = Memory(), np.load(array)
     n, compared, blocks = len(x), 0, search.Clusters.blocks
     def counted(self, i, j, block):
@@ -142,13 +153,16 @@ def near_copies(array: str) -> dict:
     index.range_search(slice_, COSINE)
     by_faiss = built + (time.process_time() - start) * n / len(rows)
     mine = set(map(tuple, pairs[np.isin(pairs, rows).any(1)].tolist()))
-    return {"n": n, "pairs": len(pairs), "seconds": seconds, "cpu": cpu, "rss": rss, "compared": compared / (n * (n - 1) / 2), "brute": brute, "faiss": by_faiss,
+    return {"n": n, "pairs": len(pairs), "seconds": seconds, "cpu": cpu, "rss": rss,
+            "compared": compared / (n * (n - 1) / 2),
+            "brute": brute, "faiss": by_faiss,
             "checked": mine == set(found)}
 
 
 def fresh(*arguments: str) -> dict:
     "One measurement in a process of its own."
-    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--one", *arguments], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-W", "ignore", __file__, "--one", *arguments], capture_output=True,
+                          text=True)
     if done.returncode: raise SystemExit(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -159,9 +173,12 @@ def measure(folder: Path, n: int, dim: int, random: int, rounds: int) -> dict:
     make_vectors(array, n, dim, "clustered")
     write_folder(array, array.with_suffix(""))
     names = ["devsky_nb", "product", "faiss", "faiss, no copy"]
-    together, alone = fresh("neighbours", str(array), ";".join(names), str(rounds)), {name: fresh("neighbours", str(array), name, "1") for name in [*names, "folder"]}
+    together, alone = fresh("neighbours", str(array), ";".join(names),
+                            str(rounds)), {name: fresh("neighbours", str(array), name,
+                                                       "1") for name in [*names, "folder"]}
     seconds, rows = together["seconds"] | alone["folder"]["seconds"], together["rows"] | alone["folder"]["rows"]
-    found = {name: {"seconds": seconds[name], "rss": alone[name]["rss"], "same": float(np.mean([len(set(a) & set(b)) / K for a, b in zip(rows[name], rows["devsky_nb"])]))}
+    found = {name: {"seconds": seconds[name], "rss": alone[name]["rss"],
+                    "same": float(np.mean([len(set(a) & set(b)) / K for a, b in zip(rows[name], rows["devsky_nb"])]))}
              for name in alone}
     copies = {"clustered": fresh("near_copies", str(array))}
     array.unlink()
@@ -182,8 +199,10 @@ def main():
     args = parser.parse_args()
     if args.one: return print(json.dumps(globals()[args.one[0]](*args.one[1:])))
     import faiss, torch
-    with tempfile.TemporaryDirectory() as d: sizes = {n: measure(Path(d), n, args.dim, args.random, args.rounds) for n in args.sizes}
-    result = {"machine": f"{platform.machine()}, {faiss.omp_get_max_threads()} threads, {torch.backends.cpu.get_cpu_capability()}", "dim": args.dim, "rounds": args.rounds,
+    with tempfile.TemporaryDirectory() as d:
+        sizes = {n: measure(Path(d), n, args.dim, args.random, args.rounds) for n in args.sizes}
+    result = {"machine": f"{platform.machine()}, {faiss.omp_get_max_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
+              "dim": args.dim, "rounds": args.rounds,
               "versions": {"numpy": np.__version__, "faiss": faiss.__version__}, "sizes": sizes}
     (HERE / "search.json").write_text(json.dumps(result, indent=1) + "\n")
     (HERE / "search.md").write_text(table(result), encoding="utf-8")
@@ -193,7 +212,8 @@ def main():
 def table(result: dict) -> str:
     "The result as Markdown."
     def milliseconds(times): return f"{1000 * times[0]:,.0f} ({1000 * times[1]:,.0f})"
-    lines = ["# Exact search", "", f"{result['machine']}; numpy {result['versions']['numpy']}, faiss {result['versions']['faiss']}; vectors of {result['dim']} numbers; "
+    lines = ["# Exact search", "",
+             f"{result['machine']}; numpy {result['versions']['numpy']}, faiss {result['versions']['faiss']}; vectors of {result['dim']} dimensions; "
              f"rounds: {result['rounds']}. In brackets: processor time.", "",
              "| vectors | neighbours by | one query, ms | 1,000 queries, s | processor, devsky_nb = 1 | RSS, MB | same neighbours |", "|---|---|---|---|---|---|---|"]
     for n, r in result["sizes"].items():

@@ -1,8 +1,10 @@
-"""The sides of embedding.py. Each takes the same model folder, the same files and batches of 32, and is otherwise as its own documentation uses it.
+"""The sides of embedding.py. Each takes the same model folder, the same files and batches of 32, and is otherwise as its
+own documentation uses it.
 
-A side runs in a process of its own, which embedding.py speaks with: `python sides.py serve SIDE MODEL WORK` answers one line of JSON for every line that
-it reads; `python sides.py prepare SIDE MODEL WORK` converts the weights once, in another process, so that the memory of converting is nobody's.
-Nothing here sets a number of threads: each library decides for itself.
+A side runs in a process of its own, which embedding.py speaks with: `python sides.py serve SIDE MODEL WORK` answers
+one line of JSON for every line that it reads; `python sides.py prepare SIDE MODEL WORK` converts the weights once, in
+another process, so that the memory of converting is nobody's. Nothing here sets a number of threads: each library
+decides for itself.
 """
 import importlib.metadata, json, os, shutil, sys, time, traceback
 from pathlib import Path
@@ -18,14 +20,15 @@ def batches(items): return [items[i:i + BATCH] for i in range(0, len(items), BAT
 class Side:
     peer = False  # runs in the peers' environment, if there is one
     packages: tuple[str, ...] = ()  # whose versions are told
-    pixels = ""  # what it does to a picture
+    pixels = ""  # what it does to an image
     vectors_are = "projected"  # or "cls"
 
     @classmethod
     def prepare(cls, model: Path, work: Path): "Convert the weights."
     def setup(self, paths: list[str]): "What a user does once before a large job."; return None
     def files(self, paths: list[str]): "End to end: this is what is timed."; raise NotImplementedError
-    def vectors(self, result, paths: list[str]): "What `files` returned, as an array; NaN where the side reports an error."; return np.asarray(result)
+    def vectors(self, result,
+                paths: list[str]): "What `files` returned, as an array; NaN where the side reports an error."; return np.asarray(result)
     def prepared(self, paths: list[str]) -> list: "Batches as the side's own preprocessing makes them."; raise NotImplementedError
     def model(self, batch): "Vectors of one prepared batch, normalised."; raise NotImplementedError
     def threads(self) -> str: import torch; return f"{torch.get_num_threads()} (torch)"
@@ -44,39 +47,47 @@ class Reference(Side):
         unit, found = torch.nn.functional.normalize, []
         with torch.inference_mode():
             for batch in batches(paths):
-                out = self.net(**self.processor(images=[Image.open(p).convert("RGB") for p in batch], return_tensors="pt"))
+                out = self.net(**self.processor(images=[Image.open(p).convert("RGB") for p in batch],
+                                                return_tensors="pt"))
                 found.append(torch.cat([unit(out.image_embeds), unit(out.last_hidden_state[:, 0])], 1))
         return torch.cat(found)
 
 
 class Document(Side):
-    packages, vectors_are, pixels = ("torch", "transformers", "Pillow"), "cls", "Pillow decodes; transformers' PIL processor, all of a batch one after the other"
+    packages, vectors_are, pixels = ("torch", "transformers",
+                                     "Pillow"), "cls", "Pillow decodes; transformers' PIL processor, all of a batch one after the other"
 
     def __init__(self, model, work):
         import practices_code
         self.embedder = practices_code.Document(str(model), device="cpu")
 
     def files(self, paths): return self.embedder.encode_images_batch(paths, BATCH)
-    def prepared(self, paths): return [self.embedder.processor(images=[self.embedder._load_image(p) for p in b], return_tensors="pt") for b in batches(paths)]
+    def prepared(self, paths): return [self.embedder.processor(images=[self.embedder._load_image(p) for p in b],
+                                                               return_tensors="pt") for b in batches(paths)]
     def model(self, batch): return self.embedder._encode_with_clip(batch)
 
 
-JOB = 5_000  # pictures that "auto" is tuned for: ten minutes in fp32 would make it try compiled code, too
+JOB = 5_000  # images that "auto" is tuned for: ten minutes in fp32 would make it try compiled code, too
 
 
 class Ours(Side):
     packages, pixels = ("torch", "transformers", "Pillow"), "`load_image` and `ClipPreprocessor`, in threads"
 
     def __init__(self, model, work, precision, parquet=False):
-        from devsky_nb.clip import CLIPImageEmbedder
-        self.embedder, self.precision, self.parquet, self.work, self.runs = CLIPImageEmbedder(str(model), device="cpu", precision=precision), precision, parquet, work, 0
+        from devsky_nb.embedding.embedder import CLIPImageEmbedder
+        self.embedder, self.precision, self.parquet, self.work, self.runs = CLIPImageEmbedder(str(model),
+                                                                                              device="cpu",
+                                                                                              precision=precision), precision, parquet, work, 0
 
     def setup(self, paths):
-        if self.precision == "auto": return self.embedder.tune(paths, images=JOB).to_dict()
+        if self.precision != "auto": return None
+        from devsky_nb.embedding.precision import choose_precision
+        self.embedder = choose_precision(self.embedder, paths, images=JOB)
+        return self.embedder.receipt.to_dict()
 
     def files(self, paths):
         if not self.parquet: return list(self.embedder.embed_stream(paths, BATCH))
-        from devsky_nb.bulk import embed_images
+        from devsky_nb.embedding.bulk import embed_images
         self.runs += 1
         embed_images(paths, out := self.work / f"parquet-{os.getpid()}-{self.runs}", self.embedder, batch_size=BATCH)
         return out
@@ -90,7 +101,7 @@ class Ours(Side):
         else: found = {paths[r.index]: r.vector for r in result if r.ok}
         return np.array([found.get(p, [np.nan] * self.embedder.dim) for p in paths], np.float32)
 
-    def prepared(self, paths): return batches([self.embedder._prepare(i, p, None, False) for i, p in enumerate(paths)])
+    def prepared(self, paths): return batches([self.embedder._prepare(i, p) for i, p in enumerate(paths)])
     def model(self, batch): return np.stack([r.vector for r in self.embedder._finish(batch)])
 
 
@@ -102,7 +113,8 @@ class SentenceTransformers(Side):
         self.net = SentenceTransformer(str(model), device="cpu")
         self.pixels = f"its own loading; transformers' {type(self.net[0].processor.image_processor).__name__}"
 
-    def files(self, paths): return self.net.encode(paths, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False)
+    def files(self, paths): return self.net.encode(paths, batch_size=BATCH, normalize_embeddings=True,
+                                                   show_progress_bar=False)
     def prepared(self, paths): return [self.net.preprocess(b) for b in batches(paths)]
 
     def model(self, batch):
@@ -111,7 +123,8 @@ class SentenceTransformers(Side):
 
 
 class OpenClip(Side):
-    peer, packages, pixels = True, ("torch", "torchvision", "open_clip_torch", "Pillow"), "Pillow decodes; its `preprocess` (torchvision on PIL images), picture by picture"
+    peer, packages, pixels = True, ("torch", "torchvision", "open_clip_torch",
+                                    "Pillow"), "Pillow decodes; its `preprocess` (torchvision on PIL images), image by image"
 
     @classmethod
     def prepare(cls, model, work):
@@ -119,29 +132,40 @@ class OpenClip(Side):
         import torch
         from safetensors.torch import load_file, save_file
         cfg, old, new = json.loads((model / "config.json").read_text(encoding="utf-8")), load_file(model / "model.safetensors"), {}
-        layer = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
-        for ours, theirs, tower in (("vision_model", "visual.", cfg["vision_config"]), ("text_model", "", cfg["text_config"])):
+        layer = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "self_attn.out_proj": "attn.out_proj",
+                 "mlp.fc1": "mlp.c_fc",
+                 "mlp.fc2": "mlp.c_proj"}
+        for ours, theirs, tower in (("vision_model", "visual.", cfg["vision_config"]),
+                                    ("text_model", "", cfg["text_config"])):
             for i in range(tower["num_hidden_layers"]):
                 a, b = f"{ours}.encoder.layers.{i}.", f"{theirs}transformer.resblocks.{i}."
                 for kind in ("weight", "bias"):
                     new |= {f"{b}{y}.{kind}": old[f"{a}{x}.{kind}"] for x, y in layer.items()}
                     new[f"{b}attn.in_proj_{kind}"] = torch.cat([old[f"{a}self_attn.{x}_proj.{kind}"] for x in "qkv"])
         for kind in ("weight", "bias"):
-            new |= {f"visual.ln_pre.{kind}": old[f"vision_model.pre_layrnorm.{kind}"], f"visual.ln_post.{kind}": old[f"vision_model.post_layernorm.{kind}"],
+            new |= {f"visual.ln_pre.{kind}": old[f"vision_model.pre_layrnorm.{kind}"],
+                    f"visual.ln_post.{kind}": old[f"vision_model.post_layernorm.{kind}"],
                     f"ln_final.{kind}": old[f"text_model.final_layer_norm.{kind}"]}
-        new |= {"visual.class_embedding": old["vision_model.embeddings.class_embedding"], "visual.conv1.weight": old["vision_model.embeddings.patch_embedding.weight"],
-                "visual.positional_embedding": old["vision_model.embeddings.position_embedding.weight"], "visual.proj": old["visual_projection.weight"].T,
-                "token_embedding.weight": old["text_model.embeddings.token_embedding.weight"], "positional_embedding": old["text_model.embeddings.position_embedding.weight"],
+        new |= {"visual.class_embedding": old["vision_model.embeddings.class_embedding"],
+                "visual.conv1.weight": old["vision_model.embeddings.patch_embedding.weight"],
+                "visual.positional_embedding": old["vision_model.embeddings.position_embedding.weight"],
+                "visual.proj": old["visual_projection.weight"].T,
+                "token_embedding.weight": old["text_model.embeddings.token_embedding.weight"],
+                "positional_embedding": old["text_model.embeddings.position_embedding.weight"],
                 "text_projection": old["text_projection.weight"].T, "logit_scale": old["logit_scale"]}
         save_file({k: v.contiguous() for k, v in new.items()}, work / "open_clip_model.safetensors")
         v, t, p = cfg["vision_config"], cfg["text_config"], json.loads((model / "preprocessor_config.json").read_text(encoding="utf-8"))
         (work / "open_clip_config.json").write_text(json.dumps({
             "model_cfg": {"embed_dim": cfg["projection_dim"], "quick_gelu": v["hidden_act"] == "quick_gelu",
-                          "vision_cfg": {"image_size": v["image_size"], "layers": v["num_hidden_layers"], "width": v["hidden_size"], "patch_size": v["patch_size"],
+                          "vision_cfg": {"image_size": v["image_size"], "layers": v["num_hidden_layers"],
+                                         "width": v["hidden_size"],
+                                         "patch_size": v["patch_size"],
                                          "head_width": v["hidden_size"] // v["num_attention_heads"]},
-                          "text_cfg": {"context_length": t["max_position_embeddings"], "vocab_size": t["vocab_size"], "width": t["hidden_size"],
+                          "text_cfg": {"context_length": t["max_position_embeddings"], "vocab_size": t["vocab_size"],
+                                       "width": t["hidden_size"],
                                        "heads": t["num_attention_heads"], "layers": t["num_hidden_layers"]}},
-            "preprocess_cfg": {"mean": p["image_mean"], "std": p["image_std"], "interpolation": "bicubic", "resize_mode": "shortest"}}))
+            "preprocess_cfg": {"mean": p["image_mean"], "std": p["image_std"], "interpolation": "bicubic",
+                               "resize_mode": "shortest"}}))
 
     def __init__(self, model, work):
         import open_clip
@@ -163,7 +187,8 @@ class OpenClip(Side):
 
 class FastEmbed(Side):
     "ONNX Runtime. fastembed publishes its CLIP in fp32; int8 is what its users make of such a file with onnxruntime's own tool."
-    peer, packages, pixels = True, ("fastembed", "onnxruntime", "Pillow"), "Pillow decodes; fastembed's own steps in Pillow and numpy, one after the other"
+    peer, packages, pixels = True, ("fastembed", "onnxruntime",
+                                    "Pillow"), "Pillow decodes; fastembed's own steps in Pillow and numpy, one after the other"
 
     @classmethod
     def prepare(cls, model, work):
@@ -176,8 +201,11 @@ class FastEmbed(Side):
 
         shutil.copy(model / "preprocessor_config.json", work)
         edge = json.loads((model / "config.json").read_text(encoding="utf-8"))["vision_config"]["image_size"]
-        torch.onnx.export(Images().eval(), (torch.zeros(2, 3, edge, edge),), str(work / "model.onnx"), input_names=["pixel_values"], output_names=["image_embeds"],
-                          dynamic_axes={"pixel_values": {0: "n"}, "image_embeds": {0: "n"}}, opset_version=17, dynamo=False)
+        torch.onnx.export(Images().eval(), (torch.zeros(2, 3, edge, edge),), str(work / "model.onnx"),
+                          input_names=["pixel_values"],
+                          output_names=["image_embeds"],
+                          dynamic_axes={"pixel_values": {0: "n"}, "image_embeds": {0: "n"}}, opset_version=17,
+                          dynamo=False)
 
     def __init__(self, model, work):
         from fastembed import ImageEmbedding
@@ -218,14 +246,16 @@ class Limits(Side):
         width, inner, layers, heads, patch = v["hidden_size"], v["intermediate_size"], v["num_hidden_layers"], v["num_attention_heads"], v["patch_size"]
         patches = (v["image_size"] // patch) ** 2
         rows = BATCH * (patches + 1)
-        self.shapes = [((rows, width, width), 4 * layers), ((rows, width, inner), layers), ((rows, inner, width), layers),
+        self.shapes = [((rows, width, width), 4 * layers), ((rows, width, inner), layers),
+                       ((rows, inner, width), layers),
                        ((BATCH * patches, 3 * patch**2, width), 1), ((BATCH, width, out), 1)]
         q = torch.randn(BATCH * heads, patches + 1, width // heads)
         a, self.layers = torch.randn(BATCH * heads, patches + 1, patches + 1), layers
         self.attention = [lambda: torch.bmm(q, q.transpose(1, 2)), lambda: torch.bmm(a, q)]
         self.kernels, self.left_out, first = {}, {}, {}
         for shape, _ in self.shapes:
-            for name, make in (("fp32 linear", self.fp32), ("fp32 mm", self.mm), ("int8 torch._int_mm", self.int_mm), ("int8 quantized::linear", self.quantized),
+            for name, make in (("fp32 linear", self.fp32), ("fp32 mm", self.mm), ("int8 torch._int_mm", self.int_mm),
+                               ("int8 quantized::linear", self.quantized),
                                ("int8 quantized::linear_dynamic", self.dynamic), ("int8 MatMulInteger", self.ort)):
                 try:
                     self.kernels[name, shape] = make(*shape)
@@ -234,7 +264,8 @@ class Limits(Side):
                     self.kernels.pop((name, shape), None)
                     self.left_out[name] = f"{type(e).__name__}: {e}"[:200]
         for (name, shape), seconds in first.items():
-            if seconds > 5 * min(s for (other, at), s in first.items() if at == shape and other[:4] == name[:4]): del self.kernels[name, shape]  # hopeless
+            if seconds > 5 * min(s for (other, at), s in first.items() if at == shape and other[:4] == name[:4]):
+                del self.kernels[name, shape]  # hopeless
 
     def fp32(self, m, k, n):
         import torch
@@ -271,9 +302,12 @@ class Limits(Side):
         import onnxruntime
         from onnx import TensorProto, helper, numpy_helper
         rng = np.random.default_rng(0)
-        graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "limit", [helper.make_tensor_value_info("x", TensorProto.UINT8, [m, k])],
-                                  [helper.make_tensor_value_info("y", TensorProto.INT32, [m, n])], [numpy_helper.from_array(rng.integers(-127, 128, (k, n), np.int8), "w")])
-        session = onnxruntime.InferenceSession(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9).SerializeToString())
+        graph = helper.make_graph([helper.make_node("MatMulInteger", ["x", "w"], ["y"])], "limit",
+                                  [helper.make_tensor_value_info("x", TensorProto.UINT8, [m, k])],
+                                  [helper.make_tensor_value_info("y", TensorProto.INT32, [m, n])],
+                                  [numpy_helper.from_array(rng.integers(-127, 128, (k, n), np.int8), "w")])
+        session = onnxruntime.InferenceSession(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)],
+                                                                 ir_version=9).SerializeToString())
         x = rng.integers(0, 256, (m, k), np.uint8)
         return lambda: session.run(None, {"x": x})
 
@@ -291,11 +325,13 @@ class Limits(Side):
         for kind in ("fp32", "int8"):
             total, detail = attention, {}
             for shape, count in self.shapes:
-                found = {name: self.best(f) for (name, other), f in self.kernels.items() if other == shape and name[:4] == kind}
+                found = {name: self.best(f) for (name, other), f in self.kernels.items() if other == shape
+                         and name[:4] == kind}
                 if not found: break
                 name = min(found, key=found.get)
                 total += count * found[name]
-                detail["x".join(map(str, shape))] = {"kernel": name, "gops": round(2 * np.prod(shape) / found[name] / 1e9, 1)}
+                detail["x".join(map(str, shape))] = {"kernel": name,
+                                                     "gops": round(2 * np.prod(shape) / found[name] / 1e9, 1)}
             else: result[kind] = {"images_per_second": BATCH / total, "shapes": detail}
         return result
 
@@ -307,7 +343,8 @@ def serve(side: Side, ask, answer):
     for p in side.packages:
         try: versions[p] = importlib.metadata.version(p)
         except importlib.metadata.PackageNotFoundError: pass
-    answer({"threads": side.threads(), "pixels": side.pixels, "packages": versions, "vectors_are": side.vectors_are, "left_out": getattr(side, "left_out", {}), "cpu": cpu()})
+    answer({"threads": side.threads(), "pixels": side.pixels, "packages": versions, "vectors_are": side.vectors_are,
+            "left_out": getattr(side, "left_out", {}), "cpu": cpu()})
     for line in ask:
         task, reply = json.loads(line), {"cpu_before": cpu()}
         do, paths = task["do"], task.get("paths", [])
@@ -349,7 +386,8 @@ def make_model(folder: Path):
     torch.manual_seed(0)
     CLIPModel(CLIPConfig()).eval().save_pretrained(folder)
     CLIPImageProcessorPil().save_pretrained(folder)
-    for file in (Path(devsky_nb.__file__).parent / "models/tiny-clip").glob("tokenizer*"): shutil.copy(file, folder)  # a peer wants one to load at all
+    for file in (Path(devsky_nb.__file__).parent / "models/tiny-clip").glob("tokenizer*"):
+        shutil.copy(file, folder)  # a peer wants one to load at all
 
 
 SIDES = {

@@ -7,11 +7,33 @@ __all__ = ['DevSkyyError', 'MLError', 'ModelNotFoundError', 'ModelLoadError', 'I
            'FileNotFoundError']
 
 # %% ../nbs/00_errors.ipynb #c9c0ed17
-import builtins
+import builtins, math
+from collections.abc import Mapping
+from numbers import Integral, Real
+
+# %% ../nbs/00_errors.ipynb #73b1f2e1
+def _json_value(value: object) -> object:  # dicts with text keys, lists, texts, numbers, True, False and None
+    "A value as JSON knows it."
+    if value is None or isinstance(value, str | bool | int): return value
+    if isinstance(value, float): return value if math.isfinite(value) else repr(value)
+    if isinstance(value, Mapping): return {str(key): _json_value(v) for key, v in value.items()}
+    if isinstance(value, list | tuple | set | frozenset): return [_json_value(v) for v in value]
+    if isinstance(value, DevSkyyError): return value.to_dict()
+    if isinstance(value, BaseException): return f"{type(value).__name__}: {value}"
+    if isinstance(value, Integral): return int(value)
+    if isinstance(value, Real): return _json_value(float(value))
+    return str(value)
 
 # %% ../nbs/00_errors.ipynb #52aa3a96
 class DevSkyyError(Exception):
-    "Base of every error raised by this package."
+    """Base of every error raised by this package.
+
+    Args:
+        message: for a person: what, which value, what to do
+        error_code: for a program; the class name unless given
+        details: for a program: the values that the message speaks of
+        original_error: what a library raised, if anything
+    """
     def __init__(self,
                  message: str,  # for a person: what, which value, what to do
                  error_code: str | None = None,  # for a program; the class name unless given
@@ -19,25 +41,40 @@ class DevSkyyError(Exception):
                  original_error: BaseException | None = None,  # what a library raised, if anything
                  ):
         super().__init__(message)
-        self.message, self.error_code = message, error_code or type(self).__name__
-        self.details, self.original_error = details or {}, original_error
+        self.message = message
+        self.error_code = error_code or type(self).__name__
+        self.details = details or {}
+        self.original_error = original_error
         if original_error is not None: self.__cause__ = original_error
 
     def to_dict(self) -> dict:  # ready for a log line or a JSON report
-        "The error as plain data."
-        return dict(error_type=type(self).__name__, error_code=self.error_code, message=self.message, details=self.details)
+        """The error as JSON can always write it: what JSON does not know becomes text.
+
+        Returns:
+            ready for a log line or a JSON report
+        """
+        return {"error_type": type(self).__name__, "error_code": self.error_code, "message": self.message,
+                "details": _json_value(self.details)}
 
     def __reduce__(self) -> tuple:
         return type(self), (self.message, self.error_code, self.details, self.original_error)
 
 # %% ../nbs/00_errors.ipynb #ce09a2a6
-class MLError(DevSkyyError): "A model could not be found, loaded, or run."
-class ModelNotFoundError(MLError): "No such model here, and nothing allowed us to fetch it."
-class ModelLoadError(MLError): "The model's files are there and cannot be used."
-class InsufficientMemoryError(MLError): "It would not fit: said before it is tried, where that can be known."
+class MLError(DevSkyyError):
+    "A model could not be found, loaded, or run."
+
+class ModelNotFoundError(MLError):
+    "No such model here, and nothing allowed us to fetch it."
+
+class ModelLoadError(MLError):
+    "The model's files are there and cannot be used."
+
+class InsufficientMemoryError(MLError):
+    "It would not fit: said before it is tried, where that can be known."
 
 # %% ../nbs/00_errors.ipynb #fcb33ba0
-class ValidationError(DevSkyyError, ValueError): "The input is wrong; the same call will fail again."
+class ValidationError(DevSkyyError, ValueError):
+    "The input is wrong; the same call will fail again."
 
 # %% ../nbs/00_errors.ipynb #fdc088f8
 class FileNotFoundError(DevSkyyError, builtins.FileNotFoundError):

@@ -5,7 +5,7 @@
   const QUANTS = { 16: "16 bits", int8: "int8", nf4: "nf4", "nf4-dq": "nf4, double quantization" };
   const OFFLOADS = { none: "none", model: "model by model", group: "group of layers, fetched ahead", sequential: "layer by layer" };
   const RANGES = { budget: BUDGETS, size: PLANNER.sizes, batch: PLANNER.batches };
-  const UNITS = { budget: (n) => `${n} GB`, size: (n) => `${n} × ${n}`, batch: (n) => (n === 1 ? "1 picture" : `${n} pictures`) };
+  const UNITS = { budget: (n) => `${n} GB`, size: (n) => `${n} × ${n}`, batch: (n) => (n === 1 ? "1 image" : `${n} images`) };
   const field = (name) => form.elements.namedItem(name);
   const element = (tag, attributes = {}, ...children) => {
     const made = Object.assign(document.createElement(tag), attributes);
@@ -110,7 +110,7 @@
     const smallest = configs(model).reduce((a, b) => (peak(model, b)[1] < peak(model, a)[1] ? b : a));
     document.getElementById("planner-count").textContent = found.length
       ? `${found.length} ${found.length === 1 ? "way" : "ways"} to run it in ${UNITS.budget(picked("budget"))}. Choose one to see it above.`
-      : `Nothing fits. The least is ${label(model, smallest)}: ${gib(peak(model, smallest)[1])} at the worst moment. Draw fewer or smaller pictures, or take a smaller model.`;
+      : `Nothing fits. The least is ${label(model, smallest)}: ${gib(peak(model, smallest)[1])} at the worst moment. Draw fewer or smaller images, or take a smaller model.`;
     document.getElementById("planner-table").hidden = !found.length;
     document.querySelector("#planner-table tbody").replaceChildren(...found.map((config) => {
       const [phase, most] = peak(model, config);

@@ -7,7 +7,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HOME": tempfile.mkdtemp(prefix="devsky
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell; what tests start would ignore Ctrl-C, too
 
-LONG = ("test_cluster.py", "test_vram.py", "test_bulk.py", "test_precision.py", "test_benchmarks.py", "test_quantization.py", "test_cli.py")
+LONG = ("test_ray.py", "test_estimate.py", "test_bulk.py", "test_precision.py", "test_benchmarks.py", "test_quantization.py", "test_cli.py")
 
 
 def pytest_collection_modifyitems(items):

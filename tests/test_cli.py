@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np, pyarrow.parquet as pq, pytest
 from PIL import Image
 
+import devsky_nb
 from devsky_nb.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,7 +77,7 @@ def test_the_default_model_offline_names_both_ways_out(photographs, tmp_path):
 @pytest.mark.slow
 def test_the_wheel_carries_what_the_demo_needs(tmp_path):
     source = tmp_path / "source"
-    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "nbs", "tests", "benchmarks", "demo", "build", "*.egg-info", "__pycache__"))
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "nbs", "tests", "benchmarks", "build", "*.egg-info", "__pycache__"))
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", tmp_path, source], check=True, capture_output=True)
     [wheel] = tmp_path.glob("devsky_nb-*.whl")
@@ -141,6 +142,29 @@ def test_models_and_cache_as_json(tmp_path):
     for action in (["report"], ["verify"], ["evict", "--unused-days", "30"]):
         done = devsky("cache", *action, "--json", "--cache-dir", tmp_path)
         assert done.returncode == 0 and isinstance(json.loads(done.stdout), dict), done.stderr
+
+
+def test_listings_are_printed_whole(tmp_path):
+    "A summary alone would not say what `--keep` can name, what is damaged, or what is to be deleted."
+    from hubcache import make_repo
+    make_repo(tmp_path, "shop/clip", {"a" * 40: {"config.json": b"{}", "w.safetensors": b"w"}}, {"main": "a" * 40})
+    for action in (["report"], ["evict", "--max-size", "0"]):
+        summary, line = devsky("cache", *action, "--cache-dir", tmp_path).stdout.splitlines()
+        assert "shop/clip" in line and "aaaaaaaa" in line
+    next(tmp_path.rglob("snapshots/*/w.safetensors")).resolve().write_bytes(b"v")
+    done = devsky("cache", "verify", "--cache-dir", tmp_path)
+    assert done.returncode == 1 and "w.safetensors" in done.stdout
+
+
+def test_prefetch_locks_the_revision_that_is_asked_for(tmp_path):
+    from hubcache import make_repo
+    tiny = Path(devsky_nb.__file__).parent / "models" / "tiny-clip"
+    files = {p.name: p.read_bytes() for p in tiny.iterdir() if p.suffix in (".json", ".safetensors")}
+    old, new = "a" * 40, "b" * 40
+    make_repo(tmp_path / "hub", "shop/clip", {old: files, new: {**files, "notes.json": b"{}"}}, {"main": new})
+    done = devsky("models", "prefetch", "shop/clip", "--revision", old[:8], "--json", "--cache-dir", tmp_path / "hub")
+    assert done.returncode == 0 and json.loads(done.stdout)["commit"] == old, done.stderr
+    assert devsky_nb.ModelRegistry(tmp_path / "hub").locate("shop/clip").name == old
 
 
 def test_cache_pin_verify_evict_on_a_real_cache(tmp_path):

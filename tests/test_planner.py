@@ -2,7 +2,9 @@
 import random
 
 import planner, pytest
-from devsky_nb.vram import Option, candidates, estimate_vram, plan_vram
+from devsky_nb.memory.configs import find_model
+from devsky_nb.memory.estimate import estimate_vram
+from devsky_nb.memory.plan import PlanOption, candidates, plan_vram
 
 from browser import SITE, open_page
 
@@ -18,8 +20,8 @@ def test_the_grid_is_small_and_names_every_point():
 def test_the_grid_says_what_the_planner_says(model):
     known = GRID["models"][model]
     fixed = {"width": known["own"], "height": known["own"], "batch": 1, "guidance": True}
-    for estimate in random.Random(0).sample([*candidates(model, known["dtype"], "cuda", fixed)], 12):
-        assert known["ranks"][" ".join(planner.config(estimate))] == list(Option(estimate, 0).rank)
+    for estimate in random.Random(0).sample([*candidates(find_model(model), known["dtype"], "cuda", fixed)], 12):
+        assert known["ranks"][" ".join(planner.config(estimate))] == list(PlanOption(estimate, 0).rank)
         for phase, (key, at) in planner.places(estimate).items():
             weights, tensors, workspace = known[phase][key][at]
             assert abs(sum(known["weights"][weights]) + tensors + workspace - estimate.by_phase[phase] / 1024) < 5, (estimate, phase)
@@ -45,7 +47,7 @@ def shown(page):
 
 @pytest.mark.browser
 def test_a_visitor_sees_what_plan_vram_answers(opened):
-    assert opened.locator("#planner-verdict").inner_text().startswith("✗ Does not fit: sdxl-base, fp16, 1 picture of 1024 × 1024")
+    assert opened.locator("#planner-verdict").inner_text().startswith("✗ Does not fit: sdxl-base, fp16, 1 image of 1024 × 1024")
     plan = plan_vram("sdxl-base", "8GB")
     rows = [row.split("\t") for row in opened.locator("#planner-table tbody tr").all_inner_texts()]
     assert [row[0].strip() for row in rows] == [o.label for o in plan.options]
@@ -58,17 +60,17 @@ def test_a_visitor_sees_what_plan_vram_answers(opened):
 @pytest.mark.browser
 def test_the_controls_move_by_keyboard_and_the_code_beside_them_gives_the_same(opened):
     opened.get_by_label("Model").select_option("sd15")
-    opened.get_by_role("slider", name="Picture").press("Home")
+    opened.get_by_role("slider", name="Image").press("Home")
     opened.get_by_label("Weights").select_option("nf4")
-    assert "sd15, fp16, nf4, 1 picture of 512 × 512" in opened.locator("#planner-verdict").inner_text()
+    assert "sd15, fp16, nf4, 1 image of 512 × 512" in opened.locator("#planner-verdict").inner_text()
     assert opened.get_by_label("Offload").evaluate("e => [...e.options].filter(o => o.disabled).length") == 0
     before = shown(opened)
     assert abs(before - eval(opened.locator("#planner-code").inner_text(), {"estimate_vram": estimate_vram}).peak_allocated / 2**20) < 60
     opened.get_by_label("At a time").press("ArrowRight")
-    assert opened.get_by_label("At a time").get_attribute("aria-valuetext") == "2 pictures" and shown(opened) > before
+    assert opened.get_by_label("At a time").get_attribute("aria-valuetext") == "2 images" and shown(opened) > before
     opened.get_by_label("Budget").press("Home")
     opened.get_by_label("At a time").press("End")
-    opened.get_by_role("slider", name="Picture").press("End")
+    opened.get_by_role("slider", name="Image").press("End")
     assert "✗" in opened.locator("#planner-verdict").inner_text()
     opened.get_by_label("Budget").press("End")
     assert "✓" in opened.locator("#planner-verdict").inner_text()
@@ -80,9 +82,9 @@ def test_what_does_not_go_together_settles_on_what_does(opened):
     assert opened.get_by_label("fp16-fix VAE").is_checked(), "with SDXL's own VAE groups cannot be offloaded"
     opened.get_by_label("Weights").select_option("int8")
     assert opened.get_by_label("Offload").input_value() in ("none", "model")
-    assert opened.get_by_label("picture by picture").is_disabled()
+    assert opened.get_by_label("image by image").is_disabled()
     opened.get_by_label("At a time").press("ArrowRight")
-    assert opened.get_by_label("picture by picture").is_enabled()
+    assert opened.get_by_label("image by image").is_enabled()
 
 
 @pytest.mark.browser
@@ -91,7 +93,8 @@ def test_when_nothing_fits_the_page_says_what_would(opened):
     opened.get_by_label("At a time").press("End")
     opened.get_by_label("Budget").press("Home")
     assert not opened.locator("#planner-table").is_visible()
-    assert opened.locator("#planner-count").inner_text().startswith("Nothing fits. The least is bf16, sequential offload, VAE slicing: 3.6 GiB")
+    said = opened.locator("#planner-count").inner_text()
+    assert said.startswith("Nothing fits. The least is bf16, sequential offload, VAE slicing: 3.6 GiB")
 
 
 @pytest.mark.browser

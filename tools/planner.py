@@ -1,21 +1,25 @@
-"""Predict the grid that the site's planner shows: nbs/planner-data.js, committed, and compared with `estimate_vram` by tests/test_site.py.
+"""Predict the grid that the planner of the site shows: nbs/planner-data.js, committed, compared by tests/test_planner.py.
 
 usage: python tools/planner.py      (about a quarter of an hour; after a change to the planner or to the pinned libraries)
 """
 import json
 from pathlib import Path
 
-from devsky_nb.tracing import config_folder, networks_of
-from devsky_nb.vram import MARGIN, PALETTE, Estimate, Option, candidates, picture_size, usual_dtype
+from devsky_nb.memory.configs import find_model, networks_of
+from devsky_nb.memory.estimate import Estimate, image_size
+from devsky_nb.memory.plan import ERROR_MARGIN, PlanOption, candidates, usual_dtype
+from devsky_nb.memory.plots import COMPONENT_COLOURS
 
 FILE = Path(__file__).resolve().parents[1] / "nbs" / "planner-data.js"
 PREFIX = "const PLANNER = "
-MODELS = ("sdxl-base", "sdxl-refiner", "ssd-1b", "sd15", "sd21", "sd3-medium", "sd35-medium", "sd35-large", "flux1-dev", "pixart-xl", "pixart-sigma")
-SIZES, BATCHES = (512, 768, 1024), (1, 2, 4, 8)
+MODELS = ("sdxl-base", "sdxl-refiner", "ssd-1b", "sd15", "sd21", "sd3-medium", "sd35-medium", "sd35-large", "flux1-dev",
+          "pixart-xl", "pixart-sigma")
+SIZES = (512, 768, 1024)
+BATCHES = (1, 2, 4, 8)
 
 
 def config(estimate: Estimate) -> tuple[str, str]:
-    "How weights are kept, and how the picture is decoded, in a word each."
+    "How weights are kept, and how the image is decoded, in a word each."
     s = estimate.setup
     decoder = "".join(letter for letter, used in (("f", s.vae == "fp16-fix"), ("t", s.vae_tiling), ("s", s.vae_slicing)) if used)
     return f"{s.quant or '16'} {s.offload or 'none'}", f"-{decoder}"
@@ -23,17 +27,17 @@ def config(estimate: Estimate) -> tuple[str, str]:
 
 def places(estimate: Estimate) -> dict[str, tuple[str, int]]:  # key and position by phase
     "On what each phase depends: in the same place the same bytes must stand (`record` checks it)."
-    s, (way, decoder) = estimate.setup, config(estimate)
-    batch = BATCHES.index(s.batch)
-    at = SIZES.index(s.width) * len(BATCHES) + batch
+    way, decoder = config(estimate)
+    batch = BATCHES.index(estimate.setup.batch)
+    at = SIZES.index(estimate.setup.width) * len(BATCHES) + batch
     return {"load": (way, 0), "encode": (way, batch), "denoise": (way, at), "decode": (f"{way} {decoder}", at)}
 
 
 def record(model: dict, estimate: Estimate) -> None:
     "Rank, and each phase at its worst moment, in KiB: which set of weights, the tensors, what stands beside them."
-    model["ranks"][" ".join(config(estimate))] = Option(estimate, 0).rank
+    model["ranks"][" ".join(config(estimate))] = PlanOption(estimate, 0).rank
     for phase, (key, at) in places(estimate).items():
-        worst = max((s for s in estimate.stages if s.phase == phase), key=lambda s: s.total)
+        worst = max((run for run in estimate.runs if run.phase == phase), key=lambda run: run.total)
         weights = [round(worst.weights.get(name, 0) / 1024) for name in model["networks"]]
         if weights not in model["weights"]: model["weights"].append(weights)
         entry = [model["weights"].index(weights), round(worst.activations / 1024), round(worst.workspace / 1024)]
@@ -44,13 +48,15 @@ def record(model: dict, estimate: Estimate) -> None:
 
 def grid(model: str) -> dict:
     "All that the page knows of a model."
-    folder, dtype = config_folder(model), usual_dtype(model, "cuda")
-    nets = networks_of(folder)
-    found = {"dtype": dtype, "own": picture_size(folder, nets, None, None)[0], "networks": list(nets), "weights": [], "ranks": {}, "load": {}, "encode": {}, "denoise": {}, "decode": {}}
+    source = find_model(model)
+    dtype = usual_dtype(source, "cuda")
+    networks = networks_of(source.folder)
+    found = {"dtype": dtype, "own": image_size(source.folder, networks, None, None)[0], "networks": list(networks), "weights": [],
+             "ranks": {}, "load": {}, "encode": {}, "denoise": {}, "decode": {}}
     for size in SIZES:
         for batch in BATCHES:
             fixed = {"width": size, "height": size, "batch": batch, "guidance": True}
-            for estimate in candidates(model, dtype, "cuda", fixed): record(found, estimate)
+            for estimate in candidates(source, dtype, "cuda", fixed): record(found, estimate)
     found["load"] = {way: row[:1] for way, row in found["load"].items()}
     found["encode"] = {way: row[:len(BATCHES)] for way, row in found["encode"].items()}
     return found
@@ -62,7 +68,7 @@ def read(file: Path = FILE) -> dict:
 
 
 if __name__ == "__main__":
-    data = {"sizes": SIZES, "batches": BATCHES, "margin": MARGIN, "palette": PALETTE, "models": {}}
+    data = {"sizes": SIZES, "batches": BATCHES, "margin": ERROR_MARGIN, "palette": COMPONENT_COLOURS, "models": {}}
     for model in MODELS:
         data["models"][model] = grid(model)
         print(model, flush=True)

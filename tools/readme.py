@@ -20,7 +20,7 @@ def readme(notebook: Path) -> str:
         if c.cell_type == "code": c.source = "\n".join(l for l in c.source.splitlines() if not l.startswith("#|"))
     nb.metadata.language_info = {"name": "python"}
     body, resources = MarkdownExporter().from_notebook_node(nb)
-    if resources["outputs"]: raise SystemExit("index.ipynb must link its pictures, not produce them: README.md is a single file")
+    if resources["outputs"]: raise SystemExit("index.ipynb must link its images, not produce them: README.md is a single file")
     body = re.sub(r"\]\((?!https?:|#)([^)]+)\)", lambda m: f"]({posixpath.normpath(posixpath.join('nbs', m[1]))})", body)
     return NOTE + re.sub(r"\n{3,}", "\n\n", "\n".join(line.rstrip() for line in body.strip().splitlines())) + "\n"
 

@@ -1,0 +1,282 @@
+"The ground under all parts: files that are whole or absent, arguments, errors as JSON, devices, memory that comes back."
+import gc, json, os, signal, subprocess, sys, threading, time, traceback, weakref
+from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from devsky_nb import _core as core
+from devsky_nb import device as devices
+from devsky_nb._core import check_choice, check_count, check_flag, check_number, check_share, parse_bytes, read_json, write_atomically
+from devsky_nb.device import check_device, container_limit, is_out_of_memory, memory_info, release_traceback
+from devsky_nb.errors import DevSkyyError, MLError, ModelLoadError, ValidationError
+
+
+# --- files
+
+def beside(path): return sorted(p.name for p in path.parent.iterdir() if p != path)
+
+
+@pytest.mark.parametrize("data", ["größe ✂\n", b"\0\1\xff", lambda f: [f.write(b"a"), f.write(b"b")]])
+def test_whatever_is_written_is_whole_and_alone(data, tmp_path):
+    path = tmp_path / "a" / "b" / "f"
+    for _ in range(2): write_atomically(path, data)
+    assert path.read_bytes() == (b"ab" if callable(data) else data.encode() if isinstance(data, str) else data)
+    assert beside(path) == []
+
+
+def test_a_plain_write_would_do_the_same_to_links_and_permissions(tmp_path):
+    real, link = tmp_path / "real", tmp_path / "elsewhere" / "link"
+    real.write_text("old")
+    real.chmod(0o640)
+    link.parent.mkdir()
+    link.symlink_to(real)
+    write_atomically(link, "new")
+    assert (real.read_text(), link.is_symlink(), real.stat().st_mode & 0o777, beside(link), beside(real)) == ("new", True, 0o640,
+                                                                                                              [], ["elsewhere"])
+    write_atomically(tmp_path / "made", "x")
+    (tmp_path / "plain").write_text("x")
+    assert (tmp_path / "made").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_a_write_protected_file_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "f").write_text("old")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # whoever runs the tests may be root
+    with pytest.raises(DevSkyyError, match="cannot write f to .*: it is write-protected"): write_atomically(tmp_path / "f", "new")
+    assert (tmp_path / "f").read_text() == "old" and beside(tmp_path / "f") == []
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("bad row"), KeyboardInterrupt()])
+def test_a_writer_that_fails_leaves_the_old_file(error, tmp_path):
+    path = tmp_path / "f"
+    path.write_text("old")
+
+    def fail(f):
+        f.write(b"half")
+        raise error
+    with pytest.raises(DevSkyyError if isinstance(error, OSError) else type(error)): write_atomically(path, fail)
+    assert path.read_text() == "old" and beside(path) == []
+
+
+def test_many_threads_write_one_file_and_readers_see_whole_ones(tmp_path):
+    path, texts, stop, seen = tmp_path / "f", [f"{i}" * 5000 for i in range(8)], threading.Event(), set()
+    write_atomically(path, texts[0])
+
+    def read():
+        while not stop.is_set(): seen.add(path.read_text())
+    reader = threading.Thread(target=read)
+    reader.start()
+    with ThreadPoolExecutor(8) as pool: list(pool.map(lambda i: write_atomically(path, texts[i % 8]), range(40)))
+    stop.set()
+    reader.join()
+    assert seen <= set(texts) and path.read_text() in texts and beside(path) == []
+
+
+WRITE = """
+import sys
+from pathlib import Path
+from devsky_nb._core import write_atomically
+print("ready", flush=True)
+while True:
+    for letter in "ab": write_atomically(Path(sys.argv[1]), letter * 200_000)
+"""
+
+
+def test_kill_9_leaves_one_of_the_two_files(tmp_path):
+    path = tmp_path / "f"
+    for delay in (.01, .02, .04):
+        process = subprocess.Popen([sys.executable, "-c", WRITE, path], stdout=subprocess.PIPE)
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if path.exists(): assert path.read_text() in ("a" * 200_000, "b" * 200_000)
+
+
+@pytest.mark.parametrize("content, what",
+                         [(b"[1]", "found list"), (b"{", "cannot be read"), (b"\xff\xfe", "cannot be read"),
+                          (b"[" * 100_000, "cannot be read"), (None, "cannot be read")])
+def test_what_is_no_json_object_is_a_typed_error(content, what, tmp_path):
+    if content is not None: (tmp_path / "config.json").write_bytes(content)
+    with pytest.raises(ModelLoadError, match=what): read_json(tmp_path / "config.json")
+
+
+# --- arguments
+
+@pytest.mark.parametrize("size, expected",
+                         [(np.int64(5), 5), (np.uint8(200), 200), (0, 0), ("1.5 GiB", 1610612736), (" 20gb ", 20 * 10**9), ("7", 7),
+                          (10**20, 10**20)])
+def test_sizes(size, expected): assert parse_bytes(size) == expected and type(parse_bytes(size)) is int
+
+
+@pytest.mark.parametrize("size", [True, None, -1, np.int64(-1), 1.5, "", "GB", "1e9", "-1GB", "8 gigs", "1" * 40, b"1GB", [1],
+                                  np.array([1, 2])])
+def test_what_is_no_size(size):
+    with pytest.raises(ValidationError, match="no size in"): parse_bytes(size)
+
+
+NUMBERS = [True, None, "3", float("nan"), float("inf"), [3], np.array([1, 2]), 1 + 2j, b"3"]
+
+
+@pytest.mark.parametrize("value", [*NUMBERS, 0, -1, 2.0, np.float32(2), 10**30])
+def test_what_is_no_count(value):
+    with pytest.raises(ValidationError, match="^n=.*: expected a whole number from 1 to 1000$") as e:
+        check_count("n", value, 1, 1000)
+    assert json.dumps(e.value.to_dict())
+
+
+@pytest.mark.parametrize("value", [1, np.int8(1), np.uint64(1000)])
+def test_counts(value): assert check_count("n", value, 1, 1000) == value and type(check_count("n", value)) is int
+
+
+@pytest.mark.parametrize("value", [*NUMBERS, -.1, 1.1])
+def test_what_is_no_share(value):
+    with pytest.raises(ValidationError, match="expected a number from 0 to 1"): check_share("s", value)
+
+
+@pytest.mark.parametrize("value", [0, 1, .5, np.float32(.5), np.int64(1)])
+def test_shares(value): assert check_share("s", value) == value and type(check_number("s", value)) is float
+
+
+@pytest.mark.parametrize("value", [True, None, "c", 2, ["a"], np.array(["a", "b"])])
+def test_what_is_not_among_the_choices(value):
+    with pytest.raises(ValidationError, match="x=.*expected one of a, b, 1"): check_choice("x", value, ("a", "b", 1))
+    with pytest.raises(ValidationError, match="expected True or False"): check_flag("x", 1)
+
+
+def test_a_missing_library_is_one_sentence_with_the_command(monkeypatch):
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with pytest.raises(DevSkyyError, match=r"^this needs diffusers: run pip install 'devsky_nb\[diffusion\]'$"):
+        core.require("torch", "diffusers")
+    with pytest.raises(DevSkyyError, match=r"diffusers and ipywidgets: run pip install 'devsky_nb\[diffusion,ui\]'"):
+        core.require("diffusers", "ipywidgets")
+
+
+# --- errors
+
+def test_an_error_is_json_whatever_its_details_are():
+    details = {"array": np.zeros(3), "number": np.float32(.5), "count": np.int64(2), "nan": float("nan"), "path": Path("x"),
+               "set": {1}, 5: ValueError("no"), "day": date(2026, 1, 2),
+               "inner": ValidationError("bad", details={"tensor": torch.zeros(2)}), "dtype": torch.float16, "flag": np.bool_(True),
+               "tuple": (1, None), "bytes": b"x"}
+    told = json.loads(json.dumps(DevSkyyError("told", details=details).to_dict(), allow_nan=False))["details"]
+    assert (told["number"], told["count"], told["nan"], told["5"], told["inner"]["error_type"], told["set"],
+            told["tuple"]) == (.5, 2, "nan", "ValueError: no", "ValidationError", [1], [1, None])
+
+
+# --- devices and memory
+
+def test_one_device_has_one_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    names = {"cpu:0": "cpu", "cpu": "cpu", "mps:0": "mps", "cuda": "cuda", "cuda:0": "cuda:0", "cuda:01": "cuda:1",
+             torch.device("cpu", 0): "cpu", torch.device("cuda", 1): "cuda:1"}
+    assert {d: check_device(d) for d in names} == names
+    for wrong in ("cuda:2", "cpu:1", "cuda:", "cuda:-1", "cuda:x", "cuda:²", "", "tpu", "CPU", 0, "mps:1"):
+        with pytest.raises(ValidationError, match="no device"): check_device(wrong)
+
+
+def test_the_cpu_by_another_name_takes_no_branch_of_a_gpu():
+    assert devices.default_dtype("cpu:0") == torch.float32 and memory_info("cpu:0").device == "cpu"
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize("files, expected", [
+    ({"memory.max": 8 * GIB, "memory.current": 7 * GIB,
+      "memory.stat": f"anon 1\nfile {6 * GIB}\ninactive_file {5 * GIB}\nactive_file 3\n"}, (8 * GIB, 2 * GIB)),
+    ({"memory.max": 8 * GIB, "memory.current": 7 * GIB}, (8 * GIB, 7 * GIB)),
+    ({"memory.max": 8 * GIB, "memory.current": 7 * GIB, "memory.stat": f"inactive_file {9 * GIB}\n"}, (8 * GIB, 0)),
+    ({"memory.max": "max", "memory.current": 7 * GIB}, None),
+    ({"memory/memory.limit_in_bytes": 4 * GIB, "memory/memory.usage_in_bytes": 3 * GIB,
+      "memory/memory.stat": f"cache 7\ninactive_file 1\ntotal_inactive_file {2 * GIB}\n"}, (4 * GIB, GIB)),
+    ({"memory/memory.limit_in_bytes": 9223372036854771712, "memory/memory.usage_in_bytes": 3 * GIB}, None),
+    ({}, None)])
+def test_the_page_cache_of_a_container_does_not_count_as_taken(files, expected, tmp_path):
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"{content}\n")
+    assert container_limit(tmp_path) == expected
+
+
+def test_free_memory_follows_the_container(monkeypatch):
+    monkeypatch.setattr(devices, "container_limit", lambda: (GIB, GIB // 4))
+    assert memory_info("cpu").total == GIB and 0 < memory_info("cpu").free <= 3 * GIB // 4
+    monkeypatch.setattr(devices, "container_limit", lambda: (GIB, 2 * GIB))
+    assert memory_info("cpu").free == 0
+
+
+class Tensor: "Something that one can see go."
+
+
+def fail(cause=None):
+    held = Tensor()
+    watched.append(weakref.ref(held))
+    raise RuntimeError("out of memory") from cause
+
+
+watched = []
+
+
+@pytest.fixture(autouse=True)
+def nothing_watched(): watched.clear()
+
+
+def test_what_an_error_holds_comes_back_and_its_lines_stay():
+    def recover():
+        try:
+            try: fail()
+            except RuntimeError as e: fail(e)
+        except RuntimeError as e:
+            release_traceback(e)
+            return e
+    error = recover()
+    gc.collect()
+    assert [r() for r in watched] == [None, None] and "in fail" in "".join(traceback.format_exception(error))
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_the_callers_own_error_keeps_its_variables(late):
+    def recover():
+        try: fail()
+        except RuntimeError as e:
+            if not late: release_traceback(e)
+            error = e
+        if late: release_traceback(error)
+        return error
+    try: fail()
+    except RuntimeError as caught:
+        ours, theirs = recover(), caught
+        assert ours.__context__ is theirs
+        gc.collect()
+        assert watched[0]() is not None and watched[1]() is None
+    assert list(traceback.walk_tb(theirs.__traceback__))[-1][0].f_locals["held"] is watched[0]()
+
+
+def test_an_error_that_was_caught_deeper_and_one_that_links_to_itself():
+    def inner():
+        try: fail()
+        except RuntimeError as e: return e
+    error = inner()
+    error.__context__ = ValueError("linked back")
+    error.__context__.__context__ = error
+    release_traceback(error)
+    gc.collect()
+    assert watched[0]() is None
+
+
+def test_out_of_memory_is_told_in_every_way():
+    wrapped = MLError("not loaded", original_error=RuntimeError("CUDA out of memory"))
+    assert is_out_of_memory(wrapped)
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(None)
+    assert not is_out_of_memory(ValueError("out of memory"))
+    loop = RuntimeError("loop")
+    loop.__cause__ = loop
+    assert not is_out_of_memory(loop)
