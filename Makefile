@@ -1,18 +1,18 @@
-# Two commands matter: `make run` (the demo) and `make test` (what CI checks; it goes on with `make slow` and `make browser`).
+# Two commands matter: `make run` (the demo) and `make test` (what CI checks; it goes on with `make types`, `make slow` and `make browser`).
 # Each target installs what it needs into .venv, from the exact versions in constraints.txt.
 
-PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
-	$$p -c 'import sys, venv; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	$$p -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN    := .venv/bin
 PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE  # pip compiles nothing: what is used is compiled once, on first use
 
-.PHONY: help run test slow browser docs planner dist traces lab prepare bench clean
+.PHONY: help run test test-min types slow browser docs planner dist traces lab prepare bench clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*##/\t/' | expand -t 12
 
 run: .venv/run  ## the demo: a catalogue with broken files, embedded and validated; opens as demo/report.html
 	devsky demo --out demo
@@ -20,6 +20,12 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 -m "not slow"
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
+
+test-min: .venv-min/done  ## the tests with the oldest libraries that settings.ini allows
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv-min/bin/python -m pytest -q --numprocesses 2 --dist loadfile -m "not slow"
+
+types: .venv/dev  ## a type checker over the package and over a program that uses the whole public API
+	mypy
 
 slow: .venv/dev  ## the tests that take long: killed clusters, the built wheel, memory that must come back, compiled code, every trace
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --durations 5 -m slow
@@ -43,7 +49,7 @@ lab: .venv/lab  ## JupyterLab on the notebooks
 	jupyter lab nbs
 
 prepare: .venv/dev  ## after editing notebooks: export modules, clean notebooks, write README.md
-	nbdev_export
+	python tools/export.py
 	nbdev_clean
 	python tools/outputs.py
 	python tools/readme.py
@@ -58,36 +64,42 @@ bench: .venv/bench .venv-peers/done  ## the side-by-side measurements in benchma
 	python benchmarks/performance.py
 
 clean:  ## remove the environment and everything generated beside the sources
-	rm -rf .venv .venv-peers demo build dist _proc _docs *.egg-info nbs/nbdev.yml nbs/sidebar.yml
+	rm -rf .venv .venv-min .venv-peers .mypy_cache demo build dist _proc _docs *.egg-info nbs/nbdev.yml nbs/sidebar.yml
 
 .venv/bin/python:
-	@test -n "$(PYTHON)" || { echo "devsky_nb needs Python 3.11, 3.12 or 3.13 with the venv module; none was found on PATH" >&2; exit 1; }
+	@test -n "$(PYTHON)" || { echo "devsky_nb needs Python 3.11 or newer with the venv module; none was found on PATH" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(PIP) --upgrade pip
 
 .venv/run: .venv/bin/python settings.ini setup.py constraints.txt
-	$(PIP) --editable .
+	$(PIP) --editable '.[diffusion]'
 	@touch $@
 
 .venv/dev: .venv/bin/python settings.ini setup.py constraints.txt
-	$(PIP) --editable '.[dev]'
+	$(PIP) --editable '.[diffusion,ui,dev]'
 	@touch .venv/run $@
 
 .venv/bench: .venv/dev
-	$(PIP) --editable '.[dev,bench]'
+	$(PIP) --editable '.[diffusion,ui,dev,bench]'
 	@touch $@
 
 .venv/lab: .venv/dev
-	$(PIP) --editable '.[dev,lab]'
+	$(PIP) --editable '.[diffusion,ui,dev,lab]'
 	@touch $@
 
 .venv/docs: .venv/dev
-	$(PIP) --editable '.[dev,docs]'
+	$(PIP) --editable '.[diffusion,ui,dev,docs]'
 	@touch $@
 
 .venv/browser: .venv/dev
-	$(PIP) --editable '.[dev,lab,docs,browser]'
+	$(PIP) --editable '.[diffusion,ui,dev,lab,docs,browser]'
 	@touch .venv/lab .venv/docs $@
+
+.venv-min/done: settings.ini setup.py constraints-min.txt
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip==26.3
+	.venv-min/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints-min.txt --editable '.[diffusion,ui,dev]'
+	@touch $@
 
 .venv-peers/done: benchmarks/peers.txt
 	$(PYTHON) -m venv .venv-peers

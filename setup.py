@@ -8,7 +8,16 @@ root = Path(__file__).parent
 settings = ConfigParser(delimiters=["="])
 settings.read(root / "settings.ini", encoding="utf-8")
 cfg = settings["DEFAULT"]
-entries = lambda key: cfg[key].split("\n")[1:]
+
+
+def entries(key: str) -> list[str]:
+    "The lines of an entry."
+    return cfg[key].split("\n")[1:]
+
+
+extras = {extra: entries(f"{extra}_requirements")
+          for extra in ("diffusion", "ui", "fast", "ray", "dev", "bench", "lab", "docs", "browser")}
+extras["all"] = [line for extra in ("diffusion", "ui", "fast", "ray") for line in extras[extra]]
 
 setup(
     name=cfg["lib_name"],
@@ -26,14 +35,15 @@ setup(
         "Intended Audience :: Developers",
         "Natural Language :: English",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
-        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+        "Typing :: Typed",
+        *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)),
     ],
     python_requires=cfg["python_requires"],
     packages=find_packages(include=["devsky_nb", "devsky_nb.*"]),
     include_package_data=False,
-    package_data={"devsky_nb": ["configs/*", "configs/*/*", "configs/*/*/*", "models/*/*", "models/*/*/*", "templates/*", "traces/*"]},
+    package_data={"devsky_nb": ["py.typed", "*.pyi", "configs/*", "configs/*/*", "configs/*/*/*", "models/*/*", "models/*/*/*", "templates/*", "traces/*"]},
     install_requires=entries("requirements"),
-    extras_require={extra: entries(f"{extra}_requirements") for extra in ("fast", "ray", "dev", "bench", "lab", "docs", "browser")},
+    extras_require=extras,
     entry_points={"console_scripts": entries("console_scripts"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )
