@@ -209,6 +209,11 @@ def _private(x: int,  # not said
     assert made._private.__doc__ == "Nothing."
 
 
+def test_the_marker_of_a_cell_is_no_comment_of_the_first_parameter():
+    _, made = finished('def iron(shirt: str,\n         heat: int,  # Celsius\n         ):\n    "Iron."')
+    assert made.iron.__doc__ == "Iron.\n\n    Args:\n        shirt: str\n        heat: Celsius\n    "
+
+
 def test_args_by_hand_are_refused():
     with pytest.raises(export.Problem, match="cell c0: iron: Args and Returns are made from the comments"):
         finished('def iron(x: int,  # hot\n         ):\n    """Iron.\n\n    Args:\n        x: hot\n    """\n    return x')
