@@ -167,6 +167,28 @@ def test_prefetch_locks_the_revision_that_is_asked_for(tmp_path):
     assert devsky_nb.ModelRegistry(tmp_path / "hub").locate("shop/clip").name == old
 
 
+@pytest.mark.parametrize("command", [
+    ["demo", "--out"],
+    ["generate", "a dress", "--model", "tiny-sdxl", "--out"],
+    ["embed", "PHOTOGRAPHS", "--model", "tiny-clip", "--precision", "fp32", "--out"],
+    ["validate", "PHOTOGRAPHS", "--model", "tiny-clip", "--html"],
+    ["validate", "PHOTOGRAPHS", "--model", "tiny-clip", "--report"],
+])
+def test_a_place_that_cannot_be_written_is_one_line(command, photographs, tmp_path):
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
+    words = [photographs if word == "PHOTOGRAPHS" else word for word in command]
+    done = devsky(*words, tmp_path / "file" / "below", "--quiet")
+    assert done.returncode in (1, 2) and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("devsky: ") and done.stderr.count("cannot write") <= 1
+
+
+def test_what_was_pinned_is_said_in_words(tmp_path):
+    from hubcache import make_repo
+    make_repo(tmp_path, "shop/model", {"a" * 40: {"config.json": b"{}"}}, {"main": "a" * 40})
+    assert devsky("cache", "pin", "shop/model", "main", "keep", "--cache-dir", tmp_path).stdout == "pinned: shop/model at main as keep\n"
+    assert devsky("cache", "unpin", "shop/model", "keep", "--cache-dir", tmp_path).stdout == "unpinned: shop/model keep\n"
+
+
 def test_cache_pin_verify_evict_on_a_real_cache(tmp_path):
     from hubcache import make_repo
     old, new = "a" * 40, "b" * 40

@@ -221,7 +221,9 @@ class ValidationReport:
         counts = self.counts
         ready = counts["embedded"]
         mislabelled = len(self.findings["wrong_labels"])
-        sentence = f"{ready:,} of {format_count(len(self.images), 'image')} {'is' if ready == 1 else 'are'} ready to use"
+        images = format_count(len(self.images), "image")
+        verb = "is" if ready == 1 or len(self.images) == 1 else "are"
+        sentence = f"{ready:,} of {images} {verb} ready to use"
         if mislabelled:
             sentence += f", {mislabelled:,} of {'it' if ready == 1 else 'them'} perhaps mislabelled"
         rest = []
@@ -513,9 +515,8 @@ def write_report(path: str | Path, text: str) -> Path:  # the path
     try:
         write_atomically(path, text)
     except (DevSkyyError, OSError, ValueError) as e:
-        why = e.message if isinstance(e, DevSkyyError) else str(e)
-        raise ValidationError(f"cannot write {str(path)!r}: {why}", details={"stage": "write", "path": str(path)},
-                              original_error=e) from e
+        message = e.message if isinstance(e, DevSkyyError) else f"cannot write {str(path)!r}: {e}"
+        raise ValidationError(message, details={"stage": "write", "path": str(path)}, original_error=e) from e
     return path
 
 # %% ../../nbs/validation/04_report.ipynb #515241cc
