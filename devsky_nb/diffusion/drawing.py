@@ -8,7 +8,7 @@ __all__ = []
 # %% ../../nbs/diffusion/10_drawing.ipynb #10a10003
 import logging
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
@@ -19,6 +19,24 @@ from ..errors import MLError
 if TYPE_CHECKING:
     import torch
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+    from torch.overrides import TorchFunctionMode
+
+# %% ../../nbs/diffusion/10_drawing.ipynb #10a1005a
+def float32_noise() -> "TorchFunctionMode":  # a context manager
+    "Within it `torch.randn` draws in float32, and rounds to what is asked for."
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Float32Noise(TorchFunctionMode):
+        def __torch_function__(self, function: Callable, types: object, args: tuple = (),
+                               kwargs: dict | None = None) -> Any:
+            options = dict(kwargs or {})
+            dtype = options.get("dtype")
+            if function is not torch.randn or dtype not in (torch.float16, torch.bfloat16):
+                return function(*args, **options)
+            return torch.randn(*args, **options | {"dtype": torch.float32}).to(dtype)
+
+    return Float32Noise()
 
 # %% ../../nbs/diffusion/10_drawing.ipynb #10a10006
 def check_finite(values: "torch.Tensor",
@@ -40,11 +58,12 @@ def denoise(pipeline: "StableDiffusionXLPipeline",
         return {}
     common = batch[0]
     negative = None if common.negative_prompt is None else [common.negative_prompt] * len(batch)
-    latents = pipeline(
-        [settings.prompt for settings in batch], negative_prompt=negative, width=common.width, height=common.height,
-        num_inference_steps=common.num_inference_steps, guidance_scale=common.guidance_scale,
-        generator=[torch.Generator().manual_seed(settings.seed) for settings in batch],
-        output_type="latent", callback_on_step_end=after_step).images
+    with float32_noise():
+        latents = pipeline(
+            [settings.prompt for settings in batch], negative_prompt=negative, width=common.width, height=common.height,
+            num_inference_steps=common.num_inference_steps, guidance_scale=common.guidance_scale,
+            generator=[torch.Generator().manual_seed(settings.seed) for settings in batch],
+            output_type="latent", callback_on_step_end=after_step).images
     return check_finite(latents, "the UNet")
 
 # %% ../../nbs/diffusion/10_drawing.ipynb #e837d11a

@@ -14,6 +14,7 @@ from typing import Any, TYPE_CHECKING
 
 from .._core import check_choice, check_count, check_share, format_bytes, html_table, parse_bytes
 from ..device import default_dtype, is_out_of_memory, release_traceback
+from .drawing import float32_noise
 from .generation import precision_label, QuantizedSDXLGenerator
 from .networks import accept_half, vae_mode
 from .turns import (go_back, is_offloaded, keep_state, place_networks, turns_of, undisturbed,
@@ -40,7 +41,7 @@ def draw_probe(pipeline: "DiffusionPipeline",
     "Images of a fixed prompt from fixed noise; the pipeline is left as it was."
     import torch
     noise = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-    with undisturbed(pipeline):
+    with undisturbed(pipeline), float32_noise():
         drawn = pipeline([PROMPT] * batch, width=width, height=height, num_inference_steps=STEPS, generator=noise,
                          output_type="np")
     return drawn.images
