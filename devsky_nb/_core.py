@@ -6,13 +6,13 @@
 __all__ = []
 
 # %% ../nbs/02_core.ipynb #5994b753
-import errno, html, json, math, os, re, secrets, shutil, sqlite3
-from collections.abc import Callable, Iterable, Iterator
+import errno, html, json, math, os, re, secrets, shutil, sqlite3, stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from numbers import Integral, Real
 from pathlib import Path
-from typing import BinaryIO, TypeGuard, TypeVar
+from typing import Any, BinaryIO, TypeGuard, TypeVar, get_args
 
 from .errors import DevSkyyError, ModelLoadError, ValidationError
 
@@ -112,26 +112,127 @@ def write_atomically(path: Path,  # folders are made
         DevSkyyError: the file cannot be written; it is as it was.
     """
     with storage_errors(path):
-        target = path.resolve()  # of a link, what it leads to
+        target = Path(os.path.realpath(path))  # of a link, what it leads to; a link to itself is replaced
         target.parent.mkdir(parents=True, exist_ok=True)
         unfinished = (staging or target.parent) / f".{target.name[:100]}.{secrets.token_hex(8)}.partial"
         try: _replace(target, unfinished, data)
         finally: unfinished.unlink(missing_ok=True)
 
 # %% ../nbs/02_core.ipynb #66de12d7
-def read_json(path: Path) -> dict:
-    """Read a JSON object from a model's folder.
+SMALL_FILE = 16 * 2**20  # bytes: more than any configuration has
+DEEPEST = 64  # levels of lists and objects within each other
+
+def damaged(path: Path,
+            problem: object,  # what is wrong with the file
+            remedy: str,  # what to do about it, as a sentence without its full stop
+            error: type[DevSkyyError] = ModelLoadError,
+            ) -> DevSkyyError:  # to be raised
+    "The error for a file that cannot be what it should be."
+    cause = problem if isinstance(problem, Exception) else None
+    reason = getattr(problem, "strerror", None) or problem
+    return error(f"{path} cannot be read: {reason}. {remedy}", original_error=cause,
+                 details={"file": path.name, "path": str(path), "problem": str(reason)})
+
+def _regular_bytes(path: Path, max_bytes: int) -> bytes:
+    "The content of a regular file of limited size; never waits for a pipe or a device."
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as f:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("it is no regular file")
+        data = f.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"it has more than {format_bytes(max_bytes)}")
+    return data
+
+def read_text(path: Path,
+              max_bytes: int = SMALL_FILE,
+              remedy: str = "Put back the file that belongs there",
+              error: type[DevSkyyError] = ModelLoadError,
+              ) -> str:  # without a byte order mark
+    """Read a small text file as UTF-8.
 
     Raises:
-        ModelLoadError: the file cannot be read, or holds something else.
+        DevSkyyError: (as `error`) it is missing, no regular file, too large, or no UTF-8.
     """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(value, dict):
-            raise ValueError(f"expected an object, found {type(value).__name__}")
-    except (OSError, ValueError, RecursionError) as e:
-        raise ModelLoadError(f"{path} cannot be read: {e}", details={"file": path.name}, original_error=e)
+    try: return _regular_bytes(path, max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as e: raise damaged(path, f"it is no UTF-8: {e}", remedy, error)
+    except (OSError, ValueError) as e: raise damaged(path, e, remedy, error)
+
+def check_regular(path: Path,
+                  remedy: str,  # as a sentence without its full stop
+                  error: type[DevSkyyError] = ModelLoadError,
+                  ) -> Path:  # `path`
+    """Refuse what a library would wait for, or read without an end: a pipe, a device, a folder in place of a file.
+
+    Raises:
+        DevSkyyError: (as `error`) it is missing, or no regular file.
+    """
+    try: is_regular = stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError) as e: raise damaged(path, e, remedy, error)
+    if not is_regular: raise damaged(path, "it is no regular file", remedy, error)
+    return path
+
+# %% ../nbs/02_core.ipynb #4055b965
+def _check_depth(value: object) -> None:
+    "Refuse lists and objects that are too deep for the functions that will walk them."
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [inner for outer in level if isinstance(outer, dict | list)
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+        if not level: return
+    raise ValueError(f"it has more than {DEEPEST} levels")
+
+def parse_json(text: str) -> object:
+    "Read JSON that somebody else wrote; whatever is wrong with it is a `ValueError`."
+    try: value = json.loads(text)
+    except RecursionError: raise ValueError(f"it has more than {DEEPEST} levels") from None
+    _check_depth(value)
     return value
+
+def _kind_name(kind: object) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    return " or ".join(names.get(k, "nothing") for k in get_args(kind) or (kind,))
+
+def _is_kind(value: object, kind: Any) -> bool:
+    "Whether a JSON value is of a type; `true` is no number, and a whole number is a number."
+    kinds = get_args(kind) or (kind,)
+    if isinstance(value, bool): return bool in kinds
+    return isinstance(value, kinds) or (float in kinds and isinstance(value, int))
+
+def read_json(path: Path,
+              fields: Mapping[str, Any] | None = None,  # type of each key that the caller needs
+              max_bytes: int = SMALL_FILE,
+              remedy: str = "Put back the file that belongs there",
+              error: type[DevSkyyError] = ModelLoadError,
+              ) -> dict:
+    """Read a JSON object from a small file.
+
+    Raises:
+        DevSkyyError: (as `error`) the file cannot be read, holds something else, or lacks a field.
+    """
+    text = read_text(path, max_bytes, remedy, error)
+    try: value = parse_json(text)
+    except ValueError as e: raise damaged(path, e, remedy, error)
+    if not isinstance(value, dict):
+        raise damaged(path, f"expected an object, found {type(value).__name__}", remedy, error)
+    for key, kind in (fields or {}).items():
+        if not _is_kind(value.get(key), kind):
+            found = f"{value[key]!r:.60}" if key in value else "nothing"
+            raise damaged(path, f"{key!r} should be {_kind_name(kind)}, found {found}", remedy, error)
+    return value
+
+# %% ../nbs/02_core.ipynb #na3e0002
+def name_text(path: str | os.PathLike) -> str:  # valid Unicode, the same in every locale
+    "A file's name or path as text."
+    name = os.fspath(path)
+    try: name = os.fsencode(name).decode("utf-8", "surrogateescape")
+    except UnicodeEncodeError: pass  # it is text already, which this locale's names have no bytes for
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")
+
+def name_path(text: str) -> str:  # as `open` takes it in this locale
+    "The file's name that a text stands for."
+    try: return os.fsdecode(text.encode("utf-8", "surrogateescape"))
+    except UnicodeError: return text
 
 # %% ../nbs/02_core.ipynb #ebc5e5a3
 T = TypeVar("T")
@@ -184,18 +285,25 @@ def check_number(name: str,  # what the caller calls the argument
                  ) -> float:  # `value`
     "A finite number in a range."
     if isinstance(value, Real) and not isinstance(value, bool):
-        number = float(value)
+        try: number = float(value)
+        except OverflowError: number = math.inf
         in_range = minimum <= number and (maximum is None or number <= maximum)
         if math.isfinite(number) and in_range: return number
     span = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
     raise _refuse(name, value, f"a number {span}")
+
+def check_path(name: str, value: object) -> Path:
+    "A path, as text or as a path object; an empty one is none."
+    given = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if isinstance(given, str) and given and "\0" not in given: return Path(given)
+    raise _refuse(name, value, "a path")
 
 def check_share(name: str, value: object) -> float:  # `value`
     "A number from 0 to 1."
     return check_number(name, value, 0, 1)
 
 # %% ../nbs/02_core.ipynb #02c0re02
-EXTRAS = {"diffusers": "diffusion", "accelerate": "diffusion", "bitsandbytes": "diffusion",
+EXTRAS = {"diffusers": "diffusion", "accelerate": "diffusion", "bitsandbytes": "diffusion", "peft": "diffusion",
           "ipywidgets": "ui", "matplotlib": "ui",
           "onnx": "fast", "onnxruntime": "fast", "torchao": "fast", "ray": "ray"}
 

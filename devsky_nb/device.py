@@ -30,47 +30,47 @@ def detect_device() -> str:  # "cuda", "mps" or "cpu"
 
 # %% ../nbs/01_device.ipynb #6ee7ac9b
 def check_device(device: "str | torch.device | None",  # such as "cpu", "cuda:1"; None: the best there is
-                 ) -> str:  # a device that exists here: "cpu", "mps", "cuda", or "cuda:1"
+                 ) -> str:  # a device that exists here: "cpu", "mps" or "cuda:0"
     """Check that a device can be used, and give it its one name.
 
     Args:
         device: such as "cpu", "cuda:1"; None: the best there is
 
     Returns:
-        a device that exists here: "cpu", "mps", "cuda", or "cuda:1"
+        a device that exists here: "cpu", "mps" or "cuda:0"
 
     Raises:
         ValidationError: this machine has no such device.
     """
     import torch
-    if device is None: return detect_device()
-    kind, _, index = str(device).partition(":")
+    name = detect_device() if device is None else str(device)
+    kind, _, index = name.partition(":")
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
-    count = counts.get(kind, 0)
-    if not index and count and str(device) == kind: return kind
-    if index.isascii() and index.isdecimal() and int(index) < count:
-        return f"{kind}:{int(index)}" if kind == "cuda" else kind
+    if name == kind:
+        index = str(torch.cuda.current_device()) if name == "cuda" and counts["cuda"] else "0"
+    if index.isascii() and index.isdecimal() and int(index) < counts.get(kind, 0):
+        return f"cuda:{int(index)}" if kind == "cuda" else kind
     best = detect_device()
     raise ValidationError(f"no device {str(device)!r} on this machine: use {best!r}, or leave it out",
                           details={"device": str(device), "detected": best})
 
 # %% ../nbs/01_device.ipynb #57987025
-def default_dtype(device: str,  # as `detect_device` returns it
+def default_dtype(device: str,  # such as "cpu", "cuda"
                   ) -> "torch.dtype":
     """The number format in which models run best on `device`.
 
     bfloat16 on GPUs that compute in it (Ampere and later), float16 on other GPUs and on MPS, float32 on a CPU.
 
     Args:
-        device: as `detect_device` returns it
+        device: such as "cpu", "cuda"
 
     Raises:
         ValidationError: this machine has no such device.
     """
     import torch
-    kind = check_device(device).partition(":")[0]
-    if kind == "cpu": return torch.float32
-    if kind == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8: return torch.bfloat16
+    device = check_device(device)
+    if device == "cpu": return torch.float32
+    if device.startswith("cuda") and torch.cuda.get_device_capability(device)[0] >= 8: return torch.bfloat16
     return torch.float16
 
 # %% ../nbs/01_device.ipynb #28c17fd5
@@ -122,8 +122,8 @@ def memory_info(device: str | None = None,  # None: the best there is
                 ) -> MemoryInfo:
     """Free and total memory of a device, in bytes.
 
-    On a GPU this is the driver's view: blocks that torch keeps for itself count as taken. On a CPU a container's limit
-    counts.
+    On a CUDA GPU, blocks that torch keeps to use them again count as free. On Apple's GPUs the smaller of the GPU's
+    allowance and the main memory counts; on a CPU, a container's limit.
 
     Args:
         device: None: the best there is
@@ -135,11 +135,12 @@ def memory_info(device: str | None = None,  # None: the best there is
     device = check_device(device)
     if device.startswith("cuda"):
         free, total = torch.cuda.mem_get_info(device)
-        return MemoryInfo(device, free, total)
-    if device == "mps":
-        total = torch.mps.recommended_max_memory()
-        return MemoryInfo(device, total - torch.mps.driver_allocated_memory(), total)
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return MemoryInfo(device, free + kept, total)
     ram = psutil.virtual_memory()
+    if device == "mps":
+        allowed = torch.mps.recommended_max_memory()
+        return MemoryInfo(device, max(0, min(allowed - torch.mps.current_allocated_memory(), ram.available)), allowed)
     limit, used = container_limit() or (ram.total, 0)
     return MemoryInfo(device, max(0, min(ram.available, limit - used)), min(ram.total, limit))
 
@@ -150,7 +151,10 @@ def process_memory() -> int:  # resident set size in bytes
     return psutil.Process(os.getpid()).memory_info().rss
 
 # %% ../nbs/01_device.ipynb #5ebb7f1c
-OUT_OF_MEMORY = ("out of memory", "allocate memory", "MemoryError")  # as CUDA, MPS and the CPU's allocator say it
+OUT_OF_MEMORY = ("out of memory", "allocate memory", "MemoryError",  # CUDA, MPS, the CPU's allocator
+                 "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",  # libraries that wanted a workspace
+                 "unable to find an engine",  # cuDNN: no algorithm whose workspace fits
+                 "Invalid buffer size")  # MPS: one tensor that is larger than the GPU may have
 
 # %% ../nbs/01_device.ipynb #0dbd3c6b
 def is_out_of_memory(error: BaseException | None) -> bool:

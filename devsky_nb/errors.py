@@ -12,17 +12,36 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 
 # %% ../nbs/00_errors.ipynb #73b1f2e1
-def _json_value(value: object) -> object:  # dicts with text keys, lists, texts, numbers, True, False and None
-    "A value as JSON knows it."
-    if value is None or isinstance(value, str | bool | int): return value
-    if isinstance(value, float): return value if math.isfinite(value) else repr(value)
-    if isinstance(value, Mapping): return {str(key): _json_value(v) for key, v in value.items()}
-    if isinstance(value, list | tuple | set | frozenset): return [_json_value(v) for v in value]
-    if isinstance(value, DevSkyyError): return value.to_dict()
-    if isinstance(value, BaseException): return f"{type(value).__name__}: {value}"
-    if isinstance(value, Integral): return int(value)
-    if isinstance(value, Real): return _json_value(float(value))
-    return str(value)
+DEEPEST = 32  # levels of lists and dicts that are written out
+MOST_VALUES = 1_000_000  # values that are written out
+
+def _text(value: object) -> str:
+    "What is known of a value, as text."
+    try: return f"{type(value).__name__}: {value}" if isinstance(value, BaseException) else str(value)
+    except Exception: return f"<{type(value).__name__}>"
+
+
+def _simple_value(value: object) -> object:  # a text, a number, True, False or None
+    "A value without parts as JSON knows it."
+    if value is None or isinstance(value, str | bool): return value
+    if isinstance(value, Integral): return int(value) if abs(int(value)) < 2**63 else f"{int(value):#x}"
+    if isinstance(value, Real): return float(value) if math.isfinite(value) else repr(float(value))
+    return _text(value)
+
+
+def _json_value(value: object,
+                outer: tuple[int, ...] = (),  # ids of the lists and dicts that it lies in
+                left: list[int] | None = None,  # how many values may still be written, in a list of one
+                ) -> object:  # dicts with text keys, lists, texts, numbers, True, False and None
+    "A value as JSON knows it; what lies in itself, too deep or too far on is left out as '…'."
+    left = [MOST_VALUES] if left is None else left
+    left[0] -= 1
+    if isinstance(value, DevSkyyError): value = value._fields()
+    if not isinstance(value, Mapping | list | tuple | set | frozenset): return _simple_value(value)
+    if id(value) in outer or len(outer) >= DEEPEST or left[0] < 0: return "…"
+    inside = (*outer, id(value))
+    if isinstance(value, Mapping): return {_text(key): _json_value(v, inside, left) for key, v in value.items()}
+    return [_json_value(v, inside, left) for v in value]
 
 # %% ../nbs/00_errors.ipynb #52aa3a96
 class DevSkyyError(Exception):
@@ -53,8 +72,11 @@ class DevSkyyError(Exception):
         Returns:
             ready for a log line or a JSON report
         """
+        return {name: _json_value(value) for name, value in self._fields().items()}
+
+    def _fields(self) -> dict:
         return {"error_type": type(self).__name__, "error_code": self.error_code, "message": self.message,
-                "details": _json_value(self.details)}
+                "details": self.details}
 
     def __reduce__(self) -> tuple:
         return type(self), (self.message, self.error_code, self.details, self.original_error)

@@ -5,12 +5,14 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
+from pretended_gpu import pretended
 
 from devsky_nb import _core as core
 from devsky_nb import device as devices
-from devsky_nb._core import check_choice, check_count, check_flag, check_number, check_share, parse_bytes, read_json, write_atomically
+from devsky_nb._core import check_choice, check_count, check_flag, check_number, check_share, parse_bytes, read_json, read_text, write_atomically
 from devsky_nb.device import check_device, container_limit, is_out_of_memory, memory_info, release_traceback
 from devsky_nb.errors import DevSkyyError, MLError, ModelLoadError, ValidationError
 
@@ -96,12 +98,37 @@ def test_kill_9_leaves_one_of_the_two_files(tmp_path):
         if path.exists(): assert path.read_text() in ("a" * 200_000, "b" * 200_000)
 
 
-@pytest.mark.parametrize("content, what",
-                         [(b"[1]", "found list"), (b"{", "cannot be read"), (b"\xff\xfe", "cannot be read"),
-                          (b"[" * 100_000, "cannot be read"), (None, "cannot be read")])
-def test_what_is_no_json_object_is_a_typed_error(content, what, tmp_path):
-    if content is not None: (tmp_path / "config.json").write_bytes(content)
-    with pytest.raises(ModelLoadError, match=what): read_json(tmp_path / "config.json")
+DEEP = b"[" * 100_000
+ATTACKS = {"nothing": (b"", "Expecting value"), "cut": (b'{"a": ', "Expecting value"), "list": (b"[1]", "expected an object, found list"),
+           "null": (b"null", "found NoneType"), "number": (b"3", "found int"), "deep": (DEEP, "more than 64 levels"),
+           "deep and whole": (b'{"a": ' * 500 + b"1" + b"}" * 500, "more than 64 levels"), "latin-1": ('{"a": "é"}'.encode("latin-1"), "no UTF-8"),
+           "UTF-16": ("{}".encode("utf-16"), "no UTF-8"), "digits": (b'{"a": ' + b"9" * 5000 + b"}", "limit"), "large": (b" " * (17 << 20) + b"{}", "more than 16.0 MiB"),
+           "another type": (b'{"a": true}', "'a' should be a whole number, found True"), "a field less": (b"{}", "'a' should be a whole number, found nothing")}
+
+
+@pytest.mark.parametrize("content, what", ATTACKS.values(), ids=ATTACKS)
+def test_a_small_file_that_is_damaged_is_one_typed_error(content, what, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    for error in (ModelLoadError, ValidationError):
+        with pytest.raises(error, match=what) as raised: read_json(path, {"a": int}, remedy="Fetch it again", error=error)
+        assert str(raised.value).startswith(str(path)) and str(raised.value).endswith("Fetch it again")
+
+
+def make_fifo(path): os.mkfifo(path)
+def make_endless(path): path.symlink_to("/dev/zero")
+def make_silent(path): path.symlink_to("/dev/tty")
+def make_circle(path): path.symlink_to(path)
+def make_folder(path): path.mkdir()
+def make_nothing(path): pass
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a system with pipes and devices among the files")
+@pytest.mark.parametrize("make", [make_fifo, make_endless, make_silent, make_circle, make_folder, make_nothing])
+def test_what_is_no_file_is_never_waited_for(make, tmp_path):
+    make(tmp_path / "config.json")
+    for read in (read_json, read_text):
+        with pytest.raises(ModelLoadError, match="cannot be read"): read(tmp_path / "config.json")
 
 
 # --- arguments
@@ -170,15 +197,39 @@ def test_an_error_is_json_whatever_its_details_are():
 
 # --- devices and memory
 
-def test_one_device_has_one_name(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    names = {"cpu:0": "cpu", "cpu": "cpu", "mps:0": "mps", "cuda": "cuda", "cuda:0": "cuda:0", "cuda:01": "cuda:1",
-             torch.device("cpu", 0): "cpu", torch.device("cuda", 1): "cuda:1"}
-    assert {d: check_device(d) for d in names} == names
-    for wrong in ("cuda:2", "cpu:1", "cuda:", "cuda:-1", "cuda:x", "cuda:²", "", "tpu", "CPU", 0, "mps:1"):
-        with pytest.raises(ValidationError, match="no device"): check_device(wrong)
+def test_one_device_has_one_name():
+    with pretended("cuda", count=2) as gpu:
+        names = {"cpu:0": "cpu", "cpu": "cpu", "cuda": "cuda:0", "cuda:0": "cuda:0", "cuda:01": "cuda:1", None: "cuda:0",
+                 torch.device("cpu", 0): "cpu", torch.device("cuda", 1): "cuda:1"}
+        assert {d: check_device(d) for d in names} == names
+        gpu.current = 1
+        assert check_device("cuda") == check_device(None) == "cuda:1"  # the GPU that is current
+        for wrong in ("cuda:2", "cpu:1", "cuda:", "cuda:-1", "cuda:x", "cuda:²", "", "tpu", "CPU", 0, "mps", "mps:1", "None"):
+            with pytest.raises(ValidationError, match="no device"): check_device(wrong)
+    with pretended("mps"):
+        assert [check_device(d) for d in ("mps", "mps:0", None)] == ["mps"] * 3
+        for wrong in ("cuda", "mps:1"):
+            with pytest.raises(ValidationError, match="no device"): check_device(wrong)
+
+
+def test_memory_that_torch_keeps_to_use_again_is_free():
+    with pretended("cuda", total=1 << 30, others=1 << 28) as gpu:
+        before = memory_info("cuda").free
+        block = torch.empty(1 << 26, dtype=torch.uint8, device="cuda")
+        assert memory_info("cuda").free == before - (1 << 26) == 3 * (1 << 28) - (1 << 26)
+        del block
+        assert gpu.reserved() == 1 << 26 and memory_info("cuda").free == before
+        devices.release_memory()
+        assert gpu.reserved() == 0
+
+
+def test_apples_gpu_shares_the_main_memory(monkeypatch):
+    with pretended("mps", total=16 << 30):
+        ram = psutil.virtual_memory()
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: ram._replace(available=64 << 30))
+        assert memory_info("mps").free == 16 << 30
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: ram._replace(available=2 << 30))
+        assert memory_info("mps").free == 2 << 30
 
 
 def test_the_cpu_by_another_name_takes_no_branch_of_a_gpu():
@@ -280,3 +331,28 @@ def test_out_of_memory_is_told_in_every_way():
     loop = RuntimeError("loop")
     loop.__cause__ = loop
     assert not is_out_of_memory(loop)
+
+
+@pytest.mark.parametrize("locale", ["utf-8", "ascii", "latin-1"])
+def test_a_name_is_the_same_text_in_every_locale(locale, monkeypatch):
+    monkeypatch.setattr(os, "fsencode", lambda name: name.encode(locale, "surrogateescape"))
+    monkeypatch.setattr(os, "fsdecode", lambda raw: raw.decode(locale, "surrogateescape"))
+    for raw, text in (("größe.jpg".encode(), "größe.jpg"), (b"caf\xe9", "caf\\udce9"), ("服".encode(), "服"), (b"a", "a")):
+        assert core.name_text(raw.decode(locale, "surrogateescape")) == text
+        if "\\" not in text: assert core.name_path(text).encode(locale, "surrogateescape") == raw
+    assert core.name_text("\ud800") == "\\ud800" and core.name_path("\ud800") == "\ud800"
+
+
+def test_details_that_lie_in_themselves_or_unfold_without_end_are_cut():
+    class Mute:
+        def __str__(self): raise RuntimeError
+    loop, deep, wide = {"n": 1}, [], [0]
+    loop["me"] = [loop]
+    for _ in range(5000): deep = [deep]
+    for _ in range(60): wide = (wide, wide)
+    error = DevSkyyError("told", details={"loop": loop, "deep": deep, "mute": Mute(), Mute(): 1, "huge": 10**5000})
+    error.details["error"] = error
+    told = json.loads(json.dumps(error.to_dict(), allow_nan=False))["details"]
+    assert told["loop"] == {"n": 1, "me": ["…"]} and told["error"]["details"] == "…"
+    assert told["mute"] == "<Mute>" and told["<Mute>"] == 1 and json.dumps(told["deep"]).count("[") < 40
+    assert len(json.dumps(DevSkyyError("told", details={"wide": wide}).to_dict())) < 30_000_000
