@@ -6,16 +6,17 @@
 __all__ = ['CachedRevision', 'CacheReport', 'cache_report', 'EvictionPlan', 'plan_eviction']
 
 # %% ../../nbs/hub/05_cache.ipynb #1854380b
-import shutil, time
-from collections.abc import Iterable
+import os, shlex, shutil, time
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._core import check_count, check_number, format_bytes, format_count, html_table
-from ..errors import DevSkyyError, ValidationError
-from .pins import folder_name, last_used, repo_name, use_stamp
-from .settings import cache_problems, CacheProblem, existing_folder, hub_cache, quantized_cache
+from .._core import check_count, check_number, format_bytes, format_count, html_table, read_text
+from ..errors import DevSkyyError, ModelLoadError, ValidationError
+from .pins import folder_name, is_within, last_used, REF_BYTES, repo_name, use_stamp
+from .settings import (cache_folder, cache_problems, CacheProblem, existing_folder, hub_cache,
+                       quantized_cache)
 from .weights import read_object
 
 if TYPE_CHECKING:
@@ -109,12 +110,14 @@ def read_copy(folder: Path) -> QuantizedCopy:
     manifest = folder / MANIFEST
     about = read_object(manifest)
     used = (manifest if manifest.is_file() else folder).stat().st_mtime
-    return QuantizedCopy(model=about.get("model") or folder.name, label=about.get("label") or "damaged",
-                         commit=about.get("commit"), folder=str(folder), size=folder_size(folder), used=used)
+    said = {key: value for key, value in about.items() if isinstance(value, str) and value}
+    return QuantizedCopy(model=said.get("model", folder.name), label=said.get("label", "damaged"),
+                         commit=said.get("commit"), folder=str(folder), size=folder_size(folder), used=used)
 
 def quantized_copies(cache_dir: str | Path | None = None) -> list[QuantizedCopy]:  # least recently used first
     "The quantized copies of models."
-    folders = [f for f in quantized_cache(cache_dir).glob("*") if f.is_dir() and not f.name.startswith(".")]
+    found = quantized_cache(cache_dir).glob("*")
+    folders = [f for f in found if f.is_dir() and not (f.is_symlink() or f.name.startswith("."))]
     return sorted(map(read_copy, folders), key=lambda copy: (copy.used, copy.folder))
 
 def remove_copy(folder: Path) -> None:
@@ -178,12 +181,25 @@ def unique_revisions(repo: "CachedRepoInfo") -> "frozenset[CachedRevisionInfo]":
     "The revisions of a repository, each with the repository's name in its own."
     return frozenset(replace(r, commit_hash=f"{repo.cache_id}@{r.commit_hash}") for r in repo.revisions)
 
+def unreadable_refs(cache: Path) -> Iterator[CacheProblem]:
+    "The refs that the Hub's scan would wait for, or break off at."
+    for ref in sorted(cache.glob("*/refs/**/*")):
+        if ref.is_dir(): continue
+        remedy = f"Delete it with `rm {shlex.quote(str(ref))}`, and scan again"
+        try: read_text(ref, REF_BYTES)
+        except ModelLoadError as e: yield CacheProblem(f"{ref} cannot be read: {e.details['problem']}", remedy)
+
 def scan(cache_dir: str | Path | None) -> "HFCacheInfo | None":  # None: there is no cache yet
     "The Hub's own scan, with revisions named `type/repo@commit`, since a commit can be in several repositories."
     from huggingface_hub import scan_cache_dir
-    folder = hub_cache(cache_dir)
+    folder = cache_folder(cache_dir)
     if not folder.is_dir(): return None
-    info = scan_cache_dir(folder)
+    for problem in unreadable_refs(folder): raise ModelLoadError(str(problem), details={"cache_dir": str(folder)})
+    try: info = scan_cache_dir(folder)
+    except OSError as e:
+        remedy = "Give read permission, or name another folder"
+        raise DevSkyyError(f"the cache {str(folder)!r} cannot be read: {e.strerror}. {remedy}",
+                           details={"cache_dir": str(folder)}, original_error=e)
     return replace(info, repos=frozenset(replace(repo, revisions=unique_revisions(repo)) for repo in info.repos))
 
 def cached_revisions(info: "HFCacheInfo",  # from `scan`
@@ -207,6 +223,21 @@ def left_out(info: "HFCacheInfo") -> list[CacheProblem]:
     remedy = "`devsky cache verify` names the file and the remedy"
     return [CacheProblem(f"left out: {warning}", remedy) for warning in info.warnings]
 
+def links_out(info: "HFCacheInfo") -> list[CacheProblem]:
+    "The revisions with a file that is kept outside the cache; the Hub's deletion would delete it there."
+    found = []
+    for repo in info.repos:
+        places = (repo.repo_path, repo.repo_path / "blobs", repo.repo_path.parent)
+        for revision in repo.revisions:
+            commit = revision.snapshot_path.name
+            outside = sorted(file.file_path for file in revision.files if not is_within(file.blob_path, *places))
+            if not outside: continue
+            file = outside[0].relative_to(revision.snapshot_path).as_posix()
+            what = f"a link out of the cache, to {os.path.realpath(outside[0])}: the revision is not evicted"
+            remedy = f"Delete the link with `rm {shlex.quote(str(outside[0]))}`"
+            found.append(CacheProblem(what, remedy, repo.repo_id, commit, file))
+    return sorted(found, key=str)
+
 # %% ../../nbs/hub/05_cache.ipynb #f4ac3bcd
 def cache_report(cache_dir: str | Path | None = None,  # Hub cache; None: the usual one
                  ) -> CacheReport:
@@ -214,17 +245,23 @@ def cache_report(cache_dir: str | Path | None = None,  # Hub cache; None: the us
 
     Args:
         cache_dir: Hub cache; None: the usual one
+
+    Raises:
+        ValidationError: the cache is no folder.
+        DevSkyyError: it cannot be read.
     """
     import psutil
-    folder = hub_cache(cache_dir)
-    info = scan(cache_dir)
+    folder = cache_folder(cache_dir)
     report = CacheReport(str(folder), quantized=quantized_copies(cache_dir), problems=cache_problems(cache_dir))
     report.free = psutil.disk_usage(str(existing_folder(folder))).free
+    unreadable = list(unreadable_refs(folder))
+    report.problems += unreadable
+    info = None if unreadable else scan(cache_dir)
     if info is None: return report
     report.size = info.size_on_disk
     report.incomplete = info.incomplete_size_on_disk
     report.revisions = cached_revisions(info, cache_dir)
-    report.problems += left_out(info)
+    report.problems += left_out(info) + links_out(info)
     return report
 
 # %% ../../nbs/hub/05_cache.ipynb #aefa6462
@@ -297,11 +334,14 @@ class EvictionPlan:
 
         Raises:
             DevSkyyError: something cannot be deleted.
+            ModelLoadError: a ref cannot be read, so that what it protects is not known.
         """
         info = scan(self.folder)
         stale, busy = downloads(info)
         now: list[CacheEntry] = [*(cached_revisions(info, self.folder) if info else []), *quantized_copies(self.folder)]
-        evict = [e for e in self.evict if e in now and not (isinstance(e, CachedRevision) and e.repo_id in busy)]
+        bound = {(p.repo_id, p.revision) for p in links_out(info)} if info else set()
+        evict = [e for e in self.evict if e in now and not is_bound(e, bound)]
+        evict = [e for e in evict if not (isinstance(e, CachedRevision) and e.repo_id in busy)]
         unfinished = {path: size for path, size in stale.items() if path in self.incomplete}
         freed = freed_by(info, evict)
         try: _delete(info, evict, unfinished, self.folder)
@@ -384,6 +424,13 @@ def _fill(plan: EvictionPlan,
         if before == plan.freed_bytes and not too_old: useless.append(entry)
     _spare_useless(plan, useless, info)
 
+# %% ../../nbs/hub/05_cache.ipynb #df50f9ec
+def is_bound(entry: CacheEntry,
+             bound: set[tuple[str | None, str | None]],  # repositories and commits with links out of the cache
+             ) -> bool:
+    "Whether an entry is a revision whose deletion would reach outside."
+    return isinstance(entry, CachedRevision) and (entry.repo_id, entry.commit) in bound
+
 # %% ../../nbs/hub/05_cache.ipynb #df50f9ed
 def plan_eviction(max_bytes: int | None = None,  # shrink the cache to this, quantized copies included
                   unused_days: float | None = None,  # evict what was not used for so long
@@ -402,7 +449,9 @@ def plan_eviction(max_bytes: int | None = None,  # shrink the cache to this, qua
         keep: repositories, commits, and folders of quantized copies that stay
 
     Raises:
-        ValidationError: there is no limit, or one that is no size; or a name in `keep` means nothing in this cache.
+        ValidationError: there is no limit, or one that is no size; a name in `keep` means nothing in this cache; or the
+            cache is no folder.
+        ModelLoadError: a ref cannot be read, so that what it protects is not known.
     """
     if max_bytes is None and unused_days is None:
         raise ValidationError("plan_eviction needs max_bytes, unused_days, or both")
@@ -416,9 +465,11 @@ def plan_eviction(max_bytes: int | None = None,  # shrink the cache to this, qua
     size = sum(copy.size for copy in copies)
     if info: size += info.size_on_disk + info.incomplete_size_on_disk
     plan = EvictionPlan(str(hub_cache(cache_dir)), size, sum(stale.values()), [], list(stale), max_bytes)
-    if info: plan.problems += left_out(info)
+    outside = links_out(info) if info else []
+    if info: plan.problems += left_out(info) + outside
     downloading = [e for e in entries if isinstance(e, CachedRevision) and e.repo_id in busy]
-    evictable = [e for e in entries if not (e.pinned or e in kept or e in downloading)]
+    bound = {(p.repo_id, p.revision) for p in outside}
+    evictable = [e for e in entries if not (e.pinned or e in kept or e in downloading or is_bound(e, bound))]
     _fill(plan, evictable, oldest, info)
     return plan
 

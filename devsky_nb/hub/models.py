@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
-from .._core import check_choice, is_integer, storage_errors, write_atomically
-from ..errors import MLError, ModelNotFoundError, ValidationError
-from .settings import hub_cache
+from .._core import check_choice, is_integer, read_json, storage_errors, write_atomically
+from ..errors import MLError, ModelLoadError, ModelNotFoundError, ValidationError
+from .pins import COMMIT
+from .settings import absolute_path, hub_cache
 
 # %% ../../nbs/hub/06_models.ipynb #071b7efa
 KINDS = ("clip", "siglip", "sd", "sdxl", "sd3", "flux", "pixart")
@@ -37,7 +39,15 @@ def check_patterns(patterns: tuple[str, ...]) -> None:
 
 # %% ../../nbs/hub/06_models.ipynb #95dd7c46
 ALIAS = r"(?!.*\.\.)\w[\w.-]*"
+REVISION = r"(?!.*\.\.)\w[\w./-]{0,254}"
 REPO_ID = r"(?!.*(?:--|\.\.|\.git$))(?:\b[\w.-]+\b/)?\b[\w.-]{1,96}\b"
+
+def check_revision(revision: object) -> None:
+    "Refuse what cannot be a revision."
+    if revision is None or (isinstance(revision, str) and re.fullmatch(REVISION, revision)):
+        return
+    raise ValidationError(f"revision={revision!r:.60}: expected a branch, a tag or a commit",
+                          details={"revision": repr(revision)})
 
 # %% ../../nbs/hub/06_models.ipynb #7d54c867
 @dataclass(frozen=True)
@@ -84,11 +94,17 @@ class ModelSpec:
             raise refuse("size_bytes")
         for name in ("revision", "variant", "license"):
             if not isinstance(getattr(self, name), str | None): raise refuse(name)
+        check_revision(self.revision)
         patterns = self.allow_patterns
         if not isinstance(patterns, Iterable) or isinstance(patterns, str) or not patterns:
             raise refuse("allow_patterns")
         object.__setattr__(self, "allow_patterns", tuple(patterns))
         check_patterns(self.allow_patterns)
+
+    @property
+    def name(self) -> str:
+        "What a user calls it: the alias, or the Hub id of a model that has none of its own."
+        return self.repo_id if self.alias == self.repo_id.replace("/", "--") else self.alias
 
 # %% ../../nbs/hub/06_models.ipynb #4911dfbc
 CLIP_MODELS = (
@@ -163,31 +179,46 @@ def lock_path(lockfile: str | Path | None = None,
               ) -> Path:  # beside the cache folder, which the Hub's own tools scan, unless given
     "Where the lockfile is."
     hub = hub_cache(cache_dir)
-    return Path(lockfile).expanduser().absolute() if lockfile else hub.with_name(f"{hub.name}-models.lock.json")
+    if lockfile in (None, ""): return hub.with_name(f"{hub.name}-models.lock.json")
+    return absolute_path("lockfile", lockfile)
 
-def check_version(version: dict) -> None:
-    "Refuse an entry of a lockfile that is not as `prefetch` writes it."
-    has_all_keys = {"repo_id", "patterns", "locked_at"} <= set(version)
-    is_commit = re.fullmatch("[0-9a-f]{40}", version["commit"])
-    if has_all_keys and version["stage"] in STAGES and is_commit: return
-    raise ValueError(f"bad version {version}")
+def damaged_lock(path: Path, problem: object, error: Exception | None = None) -> ValidationError:
+    "The error for a lockfile that is not as `prefetch` writes it."
+    return ValidationError(f"the lockfile {str(path)!r} is damaged ({problem}): put a good copy in its place, "
+                           "or delete it and prefetch the models again",
+                           details={"lockfile": str(path), "problem": str(problem)}, original_error=error)
+
+def load_lock(path: Path) -> dict[str, Any]:  # alias -> versions, whatever they are
+    "What is in a lockfile; empty if nothing was locked yet."
+    try: return read_json(path, {"models": dict})["models"]
+    except ModelLoadError as e:
+        if isinstance(e.original_error, FileNotFoundError | NotADirectoryError): return {}
+        raise damaged_lock(path, e.details["problem"], e)
+
+def is_version(version: object) -> bool:
+    "Whether an entry of a lockfile is as `prefetch` writes it."
+    if not isinstance(version, dict): return False
+    has_texts = all(isinstance(version.get(key), str) for key in ("repo_id", "commit", "stage", "locked_at"))
+    has_patterns = isinstance(version.get("patterns"), list)
+    return has_texts and has_patterns and bool(COMMIT.fullmatch(version["commit"])) and version["stage"] in STAGES
+
+def versions_of(alias: str, models: dict[str, Any], path: Path) -> list[dict]:  # oldest first
+    "The versions that a lockfile has of one model."
+    versions = models.get(alias, [])
+    if not isinstance(versions, list): raise damaged_lock(path, f"{alias}: expected a list, found {versions!r:.60}")
+    for version in versions:
+        if not is_version(version): raise damaged_lock(path, f"{alias}: bad version {version!r:.120}")
+    return versions
 
 def read_lock(path: Path) -> dict[str, list[dict]]:  # alias -> versions, oldest first
-    "The locked versions; empty if nothing was locked yet."
-    try:
-        models = json.loads(path.read_text(encoding="utf-8"))["models"]
-        for versions in models.values():
-            for version in versions: check_version(version)
-    except FileNotFoundError: return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise ValidationError(f"the lockfile {str(path)!r} is damaged ({e}): put a good copy in its place, "
-                              "or delete it and prefetch the models again",
-                              details={"lockfile": str(path)}, original_error=e)
-    return models
+    "The locked versions of all models whose entries can be read."
+    models = load_lock(path)
+    return {alias: versions for alias, versions in models.items()
+            if isinstance(versions, list) and all(map(is_version, versions))}
 
 # %% ../../nbs/hub/06_models.ipynb #603dc14a
 @contextmanager
-def edit_lock(path: Path) -> Iterator[dict[str, list[dict]]]:  # change it in place
+def edit_lock(path: Path) -> Iterator[dict[str, Any]]:  # alias -> versions; change it in place
     "Change the lockfile, one process at a time, all or nothing."
     from filelock import FileLock, Timeout
     lock = FileLock(path.with_name(path.name + ".lock"))
@@ -198,7 +229,7 @@ def edit_lock(path: Path) -> Iterator[dict[str, list[dict]]]:  # change it in pl
             raise MLError(f"another process holds {str(path)}.lock for more than 30 s",
                           details={"lockfile": str(path)}, original_error=e)
     try:
-        models = read_lock(path)
+        models = load_lock(path)
         yield models
         write_atomically(path, json.dumps({"models": models}, indent=2, sort_keys=True) + "\n")
     finally: lock.release()
@@ -206,7 +237,7 @@ def edit_lock(path: Path) -> Iterator[dict[str, list[dict]]]:  # change it in pl
 # %% ../../nbs/hub/06_models.ipynb #1892c8dd
 def locked_versions(spec: ModelSpec, path: Path) -> list[dict]:  # oldest first
     "The locked versions of a model, and of no other that once had its alias."
-    versions = read_lock(path).get(spec.alias, [])
+    versions = versions_of(spec.alias, load_lock(path), path)
     for version in versions:
         if version["repo_id"] == spec.repo_id: continue
         raise ValidationError(f"{str(path)!r} locks {spec.alias!r} for {version['repo_id']}, not for {spec.repo_id}: "

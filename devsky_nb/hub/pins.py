@@ -6,12 +6,12 @@
 __all__ = ['pin', 'unpin']
 
 # %% ../../nbs/hub/02_pins.ipynb #5ef337bd
-import re
+import os, re, shlex
 from pathlib import Path
 
-from .._core import write_atomically
-from ..errors import ValidationError
-from .settings import hub_cache
+from .._core import damaged, read_text, storage_errors, write_atomically
+from ..errors import ModelLoadError, ValidationError
+from .settings import cache_folder, hub_cache
 
 # %% ../../nbs/hub/02_pins.ipynb #20bc2f54
 def repo_name(folder: Path,  # models--org--name
@@ -23,28 +23,86 @@ def folder_name(repo_id: str) -> str:  # models--org--name
     "The folder of the cache that a repository has."
     return "models--" + repo_id.replace("/", "--")
 
+def check_name(name: str,  # what the caller calls the argument
+               value: object,
+               ) -> str:  # `value`
+    "A text that names a repository, a revision or a pin."
+    if isinstance(value, str): return value
+    raise ValidationError(f"{name}={value!r:.60}: expected a text", details={name: repr(value)})
+
 def repo_folder(repo_id: str,  # "org/name"
                 cache_dir: str | Path | None = None,
                 ) -> Path:  # an existing folder
     "Where a repository is cached."
-    folder = hub_cache(cache_dir) / folder_name(repo_id)
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) and folder.is_dir(): return folder
-    raise ValidationError(f"{repo_id!r} is not in the cache {str(folder.parent)!r}: "
-                          f"fetch it with `hf download {repo_id}`", details={"repo_id": repo_id})
+    folder = cache_folder(cache_dir) / folder_name(check_name("repo_id", repo_id))
+    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) and os.path.isdir(folder): return folder
+    raise ValidationError(f"{repo_id!r:.120} is not in the cache {str(folder.parent)!r}: "
+                          f"fetch it with `hf download {repo_id:.120}`", details={"repo_id": repo_id})
+
+def fetch_command(repo: Path,  # models--org--name
+                  *args: str,
+                  ) -> str:  # for a shell
+    "The command that fetches files of a repository into the cache that they are missing from."
+    where = () if repo.parent == hub_cache() else ("--cache-dir", str(repo.parent))
+    return f"`{shlex.join(['hf', 'download', repo_name(repo), *args, *where])}`"
+
+# %% ../../nbs/hub/02_pins.ipynb #7a93b1c5
+COMMIT = re.compile("[0-9a-f]{40}")
+REF_BYTES = 4096  # of a file that holds 40 digits
+
+def is_within(path: Path, *folders: Path) -> bool:
+    "Whether a path, links followed, lies in one of these folders, links followed."
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(os.path.realpath(folder)) for folder in folders)
+
+def ref_remedy(repo: Path, name: str) -> str:
+    "What writes a ref anew, or does without it."
+    path = shlex.quote(str(repo / "refs" / name))
+    if name.startswith("devsky/"): return f"Delete the pin with `rm {path}`, and pin again"
+    revision = () if name == "main" else ("--revision", name)
+    return f"Write it anew with {fetch_command(repo, *revision)}, or delete it with `rm {path}`"
+
+def read_ref(repo: Path,  # models--org--name
+             name: str,  # "main", "refs/pr/1", "devsky/storefront"
+             ) -> str:  # a full commit
+    "The commit that a ref of a cached repository holds."
+    ref = repo / "refs" / name
+    remedy = ref_remedy(repo, name)
+    if not is_within(ref, repo): raise damaged(ref, "it leads out of the repository's folder", remedy)
+    text = read_text(ref, REF_BYTES, remedy).strip()
+    if COMMIT.fullmatch(text): return text
+    raise damaged(ref, f"expected a commit of 40 digits, found {text!r:.60}" if text else "it is empty", remedy)
+
+def has_ref(repo: Path, name: str) -> bool:
+    "Whether a repository has a file of this name among its refs, whatever is in it."
+    ref = repo / "refs" / name
+    if name.startswith("/") or ".." in ref.parts or not os.path.lexists(ref): return False
+    return ref.is_symlink() or not ref.is_dir()
+
+def write_ref(repo: Path, name: str, commit: str) -> Path:
+    "Write a ref, in place of whatever is there."
+    ref = repo / "refs" / name
+    if not is_within(ref.parent, repo):
+        raise damaged(ref.parent, "it leads out of the repository's folder", f"Delete the link {str(ref.parent)!r}")
+    with storage_errors(ref):
+        if ref.is_symlink(): ref.unlink()
+    write_atomically(ref, commit, staging=repo)
+    return ref
 
 # %% ../../nbs/hub/02_pins.ipynb #7a93b1d6
+def snapshot_commits(repo: Path) -> list[str]:
+    "The commits of which a repository has files."
+    return sorted(p.name for p in (repo / "snapshots").glob("*") if COMMIT.fullmatch(p.name))
+
 def matching_commits(repo_id: str,
                      revision: str,  # branch, tag, pin, commit, or at least 7 digits of a commit
                      cache_dir: str | Path | None = None,
                      ) -> list[str]:  # full commits; several if the digits are too few to tell them apart
     "The cached commits that a revision name can mean."
-    folder = repo_folder(repo_id, cache_dir)
-    ref = folder / "refs" / revision
-    name = revision
-    if ".." not in ref.parts and ref.is_relative_to(folder) and ref.is_file():
-        name = ref.read_text(encoding="utf-8", errors="replace")
-    commits = sorted(p.name for p in (folder / "snapshots").glob("*"))
-    return [c for c in commits if c == name or (len(name) >= 7 and c.startswith(name))]
+    repo = repo_folder(repo_id, cache_dir)
+    is_commit = COMMIT.fullmatch(check_name("revision", revision)) is not None
+    name = read_ref(repo, revision) if not is_commit and has_ref(repo, revision) else revision
+    return [c for c in snapshot_commits(repo) if c == name or (len(name) >= 7 and c.startswith(name))]
 
 def cached_commit(repo_id: str,
                   revision: str,  # branch, tag, pin, commit, or at least 7 digits of a commit
@@ -53,18 +111,18 @@ def cached_commit(repo_id: str,
     "The cached commit that a revision name means."
     matches = matching_commits(repo_id, revision, cache_dir)
     if len(matches) == 1: return matches[0]
-    commits = sorted(p.name for p in (repo_folder(repo_id, cache_dir) / "snapshots").glob("*"))
-    raise ValidationError(f"{repo_id} has {'no' if not matches else 'more than one'} cached revision {revision!r}; "
+    commits = snapshot_commits(repo_folder(repo_id, cache_dir))
+    many = "more than one" if matches else "no"
+    raise ValidationError(f"{repo_id} has {many} cached revision {revision!r:.120}; "
                           f"cached are {', '.join(c[:8] for c in commits) or 'none'}",
                           details={"repo_id": repo_id, "revision": revision, "cached": commits})
 
 # %% ../../nbs/hub/02_pins.ipynb #2dc8e490
-def pin_path(repo_id: str, alias: str, cache_dir: str | Path | None) -> Path:
-    "The ref file of a pin."
-    if not re.fullmatch(r"\w[\w.-]*", alias):
-        raise ValidationError(f"{alias!r} is no name for a pin: letters, digits, '_', '-' and '.'",
-                              details={"alias": alias})
-    return repo_folder(repo_id, cache_dir) / "refs" / "devsky" / alias
+def pin_name(alias: str) -> str:
+    "The ref of a pin."
+    if re.fullmatch(r"\w[\w.-]*", check_name("alias", alias)): return f"devsky/{alias}"
+    raise ValidationError(f"{alias!r:.120} is no name for a pin: letters, digits, '_', '-' and '.'",
+                          details={"alias": alias})
 
 # %% ../../nbs/hub/02_pins.ipynb #4c6ceb04
 def pin(repo_id: str,  # "org/name"
@@ -85,11 +143,11 @@ def pin(repo_id: str,  # "org/name"
 
     Raises:
         ValidationError: the repository or the revision is not cached, or the alias is no name for a pin.
+        ModelLoadError: the ref that `revision` names cannot be read.
         DevSkyyError: the cache cannot be written.
     """
-    path = pin_path(repo_id, alias, cache_dir)
-    write_atomically(path, cached_commit(repo_id, revision, cache_dir), staging=path.parents[2])
-    return path
+    name = pin_name(alias)
+    return write_ref(repo_folder(repo_id, cache_dir), name, cached_commit(repo_id, revision, cache_dir))
 
 # %% ../../nbs/hub/02_pins.ipynb #fdbecaff
 def unpin(repo_id: str,  # "org/name"
@@ -108,17 +166,29 @@ def unpin(repo_id: str,  # "org/name"
 
     Raises:
         ValidationError: the repository is not cached, or the alias is no name for a pin.
+        DevSkyyError: the cache cannot be written.
     """
-    path = pin_path(repo_id, alias, cache_dir)
-    if not path.exists(): return False
-    path.unlink()
+    name = pin_name(alias)
+    repo = repo_folder(repo_id, cache_dir)
+    if not has_ref(repo, name) or not is_within((repo / "refs" / name).parent, repo): return False
+    with storage_errors(repo / "refs" / name): (repo / "refs" / name).unlink(missing_ok=True)
     return True
 
 # %% ../../nbs/hub/02_pins.ipynb #fdbecafe
 def pins(cache_dir: str | Path | None = None) -> dict[tuple[str, str], str]:  # (repo id, alias) -> commit
-    "All pins."
-    found = hub_cache(cache_dir).glob("models--*/refs/devsky/*")
-    return {(repo_name(p.parents[2]), p.name): p.read_text(encoding="utf-8") for p in sorted(found)}
+    "All pins that can be read; `verify_cache` names the others."
+    found = {}
+    for path in sorted(hub_cache(cache_dir).glob("models--*/refs/devsky/*")):
+        repo = path.parents[2]
+        try: found[repo_name(repo), path.name] = read_ref(repo, f"devsky/{path.name}")
+        except ModelLoadError: continue
+    return found
+
+def pinned_commit(repo_id: str, alias: str, cache_dir: str | Path | None = None) -> str | None:  # None: no such pin
+    "The commit that a pin of one repository holds; what is wrong with the pins of others does not matter."
+    repo = hub_cache(cache_dir) / folder_name(repo_id)
+    name = pin_name(alias)
+    return read_ref(repo, name) if has_ref(repo, name) else None
 
 # %% ../../nbs/hub/02_pins.ipynb #88de8aab
 def use_stamp(repo_id: str, commit: str, cache_dir: str | Path | None = None) -> Path:
@@ -132,9 +202,11 @@ def record_use(repo_id: str,
     "Note that a revision was used now."
     try:
         stamp = use_stamp(repo_id, commit, cache_dir)
-        if commit != stamp.name or not (stamp.parents[1] / "snapshots" / commit).is_dir():
-            return False
+        repo = stamp.parents[1]
+        if not COMMIT.fullmatch(commit) or not (repo / "snapshots" / commit).is_dir(): return False
         stamp.parent.mkdir(exist_ok=True)
+        if not is_within(stamp.parent, repo): return False
+        if stamp.is_symlink(): stamp.unlink()
         stamp.touch()
         return True
     except (OSError, ValidationError): return False
@@ -145,7 +217,8 @@ def last_used(cache_dir: str | Path | None = None,
     "When revisions were used last, as far as this package loaded them."
     used = {}
     for stamp in hub_cache(cache_dir).glob("models--*/devsky-used/*"):
-        if not (stamp.parents[1] / "snapshots" / stamp.name).is_dir():
-            continue  # deleted since, by whatever means
-        used[repo_name(stamp.parents[1]), stamp.name] = stamp.stat().st_mtime
+        repo = stamp.parents[1]
+        if not (repo / "snapshots" / stamp.name).is_dir(): continue  # deleted since, by whatever means
+        try: used[repo_name(repo), stamp.name] = stamp.lstat().st_mtime
+        except OSError: continue
     return used

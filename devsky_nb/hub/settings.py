@@ -6,23 +6,46 @@
 __all__ = ['configure_cache', 'CacheProblem']
 
 # %% ../../nbs/hub/01_settings.ipynb #0e61dab4
-import os, sys
+import os, shlex, sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from .._core import check_flag, check_path
 from ..errors import ValidationError
 
 # %% ../../nbs/hub/01_settings.ipynb #c777f7f2
+def absolute_path(name: str,  # what the caller calls the argument
+                  value: object,
+                  ) -> Path:  # absolute; `~` is the home folder
+    "A path that a caller gives."
+    path = check_path(name, value)
+    try: return path.expanduser().absolute()
+    except RuntimeError as e: raise ValidationError(f"{name}={value!r:.60}: {e}", details={name: repr(value)})
+
 def hub_cache(path: str | Path | None = None,  # use this one
               ) -> Path:  # the folder with models--org--name in it
     "The Hub cache in force."
     from huggingface_hub import constants
-    return Path(path or constants.HF_HUB_CACHE).expanduser().absolute()
+    return absolute_path("cache_dir", constants.HF_HUB_CACHE if path in (None, "") else path)
 
 def existing_folder(path: Path) -> Path:
-    "A path, or the nearest folder above it that exists: what a question to the disk can be asked of."
-    return next(folder for folder in (path, *path.parents) if folder.exists())
+    "A path, or the nearest one above it that exists: what a question to the disk can be asked of."
+    return next(place for place in (path, *path.parents) if os.path.exists(place))
+
+def cache_folder(path: str | Path | None = None,  # use this one
+                 ) -> Path:  # that is a folder, or can become one
+    "The Hub cache in force, which must not be a file."
+    folder = hub_cache(path)
+    existing = existing_folder(folder)
+    if existing.is_dir(): return folder
+    raise ValidationError(f"no folder: {str(existing)!r} is a file, and the cache was to be {str(folder)!r}. "
+                          f"Name another folder, or move the file away: `{move_away(existing)}`",
+                          details={"cache_dir": str(folder), "file": str(existing)})
+
+def move_away(path: Path) -> str:  # for a shell
+    "The command that gives a file another name."
+    return shlex.join(["mv", str(path), f"{path}.old"])
 
 def quantized_cache(cache_dir: str | Path | None = None,  # Hub cache; None: the usual one
                     ) -> Path:  # beside the Hub's cache, which its own tools scan
@@ -66,9 +89,12 @@ def configure_cache(hf_home: str | Path | None = None,  # folder for everything 
         offline: True: never ask the network
 
     Raises:
-        ValidationError: a library has read the variables already, or another variable decides where models are.
+        ValidationError: a value of the wrong type, a library has read the variables already, or another variable
+            decides where models are.
     """
     wanted = {} if hf_home is None else {"HF_HOME": effective("HF_HOME", str(hf_home))}
+    if hf_home is not None: check_path("hf_home", hf_home)
+    if offline is not None: check_flag("offline", offline)
     if offline is not None: wanted["HF_HUB_OFFLINE"] = "1" if offline else "0"
     frozen = frozen_settings()
     for name, value in wanted.items():
@@ -123,6 +149,24 @@ def setting_problems() -> Iterator[CacheProblem]:
         return
     yield CacheProblem(f"HF_HUB_CACHE={cache} decides where models are, HF_HOME={home} does not", "Keep one of the two")
 
+ANOTHER_HOME = "Make room there, or set HF_HOME to another folder"
+
+def write_problem(place: Path,  # that exists
+                  ) -> CacheProblem | None:  # None: a folder that can be written
+    "Why nothing can be written in a place, and what mends it."
+    if not place.is_dir():
+        remedy = f"Set HF_HOME to another folder, or move the file away: `{move_away(place)}`"
+        return CacheProblem(f"{place} cannot be written: it is a file, no folder", remedy)
+    if os.access(place, os.W_OK | os.X_OK): return None
+    if hasattr(os, "statvfs") and os.statvfs(place).f_flag & os.ST_RDONLY:
+        remedy = "What is cached can be loaded still; to fetch more, set HF_HOME to a folder on another disk"
+        return CacheProblem(f"{place} cannot be written: its disk is mounted read-only", remedy)
+    command = ["chmod", "u+rwx", str(place)]
+    if hasattr(os, "geteuid") and place.stat().st_uid != os.geteuid():
+        command = ["sudo", "chown", "-R", str(os.geteuid()), str(place)]
+    remedy = f"Give write permission with `{shlex.join(command)}`, or set HF_HOME to another folder"
+    return CacheProblem(f"{place} cannot be written: permission denied", remedy)
+
 def cache_problems(cache_dir: str | Path | None = None,
                    ) -> list[CacheProblem]:  # empty: the settings do what they say
     "Settings that have no effect, and a cache that cannot be written."
@@ -130,10 +174,11 @@ def cache_problems(cache_dir: str | Path | None = None,
     found = list(setting_problems())
     folder = hub_cache(cache_dir)
     existing = existing_folder(folder)
-    if not os.access(existing, os.W_OK):
-        remedy = "Give write permission, or set HF_HOME to another folder"
-        found.append(CacheProblem(f"{existing} cannot be written", remedy))
-    elif existing == folder and not are_symlinks_supported(folder):
-        what = f"{folder} has no symbolic links: revisions share no files, and copies have no checksum"
+    refused = write_problem(existing)
+    if refused is not None: return [*found, refused]
+    try: has_links = existing != folder or are_symlinks_supported(folder)
+    except OSError as e: return [*found, CacheProblem(f"{folder} cannot be written: {e.strerror}", ANOTHER_HOME)]
+    if not has_links:
+        what = f"{folder} has no symbolic links: revisions share no files, and copies have no checksum in their names"
         found.append(CacheProblem(what, "Use a file system with links, or unset HF_HUB_DISABLE_SYMLINKS"))
     return found

@@ -12,24 +12,61 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .._core import format_bytes, format_count, html_table
-from ..errors import ValidationError
-from .pins import cached_commit, repo_folder, repo_name
-from .settings import CacheProblem, hub_cache
+from .._core import check_flag, format_bytes, format_count, html_table, read_json
+from ..errors import ModelLoadError, ValidationError
+from .pins import (cached_commit, COMMIT, fetch_command, is_within, read_ref, ref_remedy, repo_folder,
+                   repo_name)
+from .settings import cache_folder, CacheProblem, hub_cache
 from .weights import has_weights_suffix, missing_shards, read_object
 
 # %% ../../nbs/hub/04_verify.ipynb #c6e9c116
-def blob_is_sound(blob: Path) -> bool | None:  # None: its name is no hash, so nothing can be said
-    "Whether a blob has the content that its name promises."
-    name = blob.name
-    size = blob.stat().st_size
-    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name): return None
+HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
+
+def has_hash(path: Path,
+             digest: str,  # 40 digits: of git, over a header and the content; 64: sha256 of the content
+             ) -> bool:
+    "Whether a file has the content that a checksum promises."
+    size = path.stat().st_size
 
     def git_sha1() -> "hashlib._Hash":
         return hashlib.sha1(b"blob %d\0" % size)
 
-    start = hashlib.sha256 if len(name) == 64 else git_sha1
-    with blob.open("rb") as f: return hashlib.file_digest(f, start).hexdigest() == name
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, hashlib.sha256 if len(digest) == 64 else git_sha1).hexdigest() == digest
+
+def blob_is_sound(blob: Path) -> bool | None:  # None: its name is no hash, so nothing can be said
+    "Whether a blob has the content that its name promises."
+    return has_hash(blob, blob.name) if HASH.fullmatch(blob.name) else None
+
+# %% ../../nbs/hub/04_verify.ipynb #4d350bc6
+TREE_BYTES = 64 * 2**20  # of the list of a commit's files
+
+def tree_path(repo: Path, commit: str) -> Path:
+    "The list of a commit's files that the Hub's client keeps."
+    return repo / "trees" / f"{commit}.json"
+
+def read_tree(repo: Path,  # models--org--name
+              commit: str,
+              ) -> dict[str, dict]:  # file -> what the Hub said of it
+    """The files of a commit, as the Hub listed them.
+
+    Raises:
+        ModelLoadError: the list is damaged, or there is none.
+    """
+    tree = tree_path(repo, commit)
+    remedy = f"Delete it with `rm {shlex.quote(str(tree))}`: the next download writes it again"
+    files = read_json(tree, {"files": dict}, TREE_BYTES, remedy)["files"]
+    return {name: about for name, about in files.items() if isinstance(about, dict)}
+
+def listed_hash(about: dict) -> str | None:  # None: the list has none
+    "The checksum that the Hub's list has for a file: of its content, if it is a large one (LFS)."
+    digest = about.get("lfs_sha256") or about.get("blob_id")
+    return digest if isinstance(digest, str) and HASH.fullmatch(digest) else None
+
+def listed_hashes(repo: Path, commit: str) -> dict[str, str | None]:  # file -> checksum; empty: no list
+    "The checksums that the Hub's list has for the files of a commit."
+    try: return {name: listed_hash(about) for name, about in read_tree(repo, commit).items()}
+    except ModelLoadError: return {}
 
 # %% ../../nbs/hub/04_verify.ipynb #4d350bc8
 def safetensors_error(path: Path) -> Exception | None:  # None: as long as its header says, whatever the values
@@ -40,6 +77,8 @@ def safetensors_error(path: Path) -> Exception | None:  # None: as long as its h
     except (SafetensorError, OSError) as e: return e
 
 # %% ../../nbs/hub/04_verify.ipynb #69f774ba
+COMPONENT = r"[A-Za-z0-9][\w-]{0,99}"  # a folder of a pipeline
+
 def missing_parts(snapshot: Path) -> Iterator[tuple[str, str]]:  # file, what is missing
     "What a revision's own files say should be there and is not."
     paths = sorted(snapshot.rglob("*"))
@@ -51,7 +90,7 @@ def missing_parts(snapshot: Path) -> Iterator[tuple[str, str]]:  # file, what is
             file = Path(os.path.relpath(folder / shard, snapshot)).as_posix()
             yield file, f"{by} lists it, and it was never downloaded"
     for name, value in read_object(snapshot / "model_index.json").items():
-        is_component = isinstance(value, list) and value and value[0] and not name.startswith("_")
+        is_component = isinstance(value, list) and value and value[0] and re.fullmatch(COMPONENT, name)
         if is_component and not any((snapshot / name).glob("*")):
             yield name, "model_index.json lists this component, and it was never downloaded"
 
@@ -75,13 +114,15 @@ class VerifyReport:
     Attributes:
         files: blobs read
         bytes: int
-        unverifiable: files without a hash in their name
+        unchecked: files for which there is no checksum here
         problems: list[CacheProblem]
+        how_to_check: commands that ask the Hub for the checksums
     """
     files: int = 0  # blobs read
     bytes: int = 0
-    unverifiable: int = 0  # files without a hash in their name
+    unchecked: int = 0  # files for which there is no checksum here
     problems: list[CacheProblem] = field(default_factory=list)
+    how_to_check: list[str] = field(default_factory=list)  # commands that ask the Hub for the checksums
 
     @property
     def ok(self) -> bool:
@@ -97,98 +138,170 @@ class VerifyReport:
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
-        found = "all sound" if self.ok else format_count(len(self.problems), "problem")
-        text = f"{format_count(self.files, 'file')}, {format_bytes(self.bytes)}: {found}"
-        return f"{text} ({self.unverifiable} without a checksum)" if self.unverifiable else text
+        found = [format_count(len(self.problems), "problem")] if self.problems else []
+        if self.unchecked: found.append(f"{self.unchecked:,} unchecked, without a checksum here")
+        text = f"{format_count(self.files, 'file')}, {format_bytes(self.bytes)}"
+        return f"{text}: {', '.join(found) or 'all sound'}"
 
-    def __repr__(self) -> str: return "\n".join([str(self), *(f"  {p}" for p in self.problems)])
+    def __repr__(self) -> str:
+        hints = [f"unchecked: with a network, {command} checks them" for command in self.how_to_check]
+        return "\n".join([str(self), *(f"  {line}" for line in (*self.problems, *hints))])
 
     def _repr_html_(self) -> str:
-        return html_table(str(self), ("repository", "revision", "file", "problem", "remedy"),
+        title = "; unchecked: ".join([str(self), *self.how_to_check])
+        return html_table(title, ("repository", "revision", "file", "problem", "remedy"),
                           [(p.repo_id, (p.revision or "")[:8], p.file or "", p.what, p.remedy) for p in self.problems])
 
 # %% ../../nbs/hub/04_verify.ipynb #55580e5e
-def repo_blobs(repo: Path) -> dict[Path, list[tuple[str, str]]]:  # blob -> (commit, file) that lead to it
+@dataclass(frozen=True)
+class BlobUse:
+    "A file of a revision that leads to a blob."
+    commit: str
+    file: str  # path within the revision
+    listed: str | None = None  # the checksum in the Hub's list
+
+def repo_blobs(repo: Path) -> dict[Path, list[BlobUse]]:
     "Every blob of a repository and where it is used."
-    users: dict[Path, list[tuple[str, str]]] = {p: [] for p in (repo / "blobs").glob("*")}
+    users: dict[Path, list[BlobUse]] = {p: [] for p in (repo / "blobs").glob("*")}
+    listed: dict[str, dict[str, str | None]] = {}
     for link in (repo / "snapshots").rglob("*"):
-        if link.is_dir(): continue
+        if link.is_dir() and not link.is_symlink(): continue
         blob = Path(os.path.abspath(link.parent / os.readlink(link))) if link.is_symlink() else link
-        commit, *file = link.relative_to(repo / "snapshots").parts
-        users.setdefault(blob, []).append((commit, "/".join(file)))
+        commit, *parts = link.relative_to(repo / "snapshots").parts
+        if not parts: continue  # a link in place of a revision, which `check_refs` reports
+        if commit not in listed: listed[commit] = listed_hashes(repo, commit)
+        file = "/".join(parts)
+        users.setdefault(blob, []).append(BlobUse(commit, file, listed[commit].get(file)))
     return users
 
 # %% ../../nbs/hub/04_verify.ipynb #42d81848
-def blob_state(blob: Path,
-               users: list[tuple[str, str]],  # (commit, file) that lead to it
-               ) -> str | None:  # "": sound; None: cannot be judged; else what is wrong
+def leads_out(repo: Path, blob: Path) -> bool:
+    "Whether a blob is none of a cache's; a repository and its blobs may lie on another disk as a whole."
+    return not is_within(blob, repo, repo / "blobs", repo.parent)
+
+def blob_state(repo: Path,  # models--org--name
+               blob: Path,
+               ) -> str | None:  # "": sound; None: its name is no checksum; else what is wrong
     "What can be said about one blob by reading it."
-    if not blob.exists(): return ""  # a broken link, which `missing_parts` reports
-    if not blob.is_file(): return "not a file"
+    if leads_out(repo, blob): return f"the link leads out of the cache, to {blob}"
+    if not os.path.exists(blob): return ""  # a broken link, which `missing_parts` reports
+    if not os.path.isfile(blob): return "not a file"
     size = format_bytes(blob.stat().st_size)
     if blob.name.endswith(".incomplete"):
         return f"{size} of a download that did not end, which no later one resumes"
-    try: sound = blob_is_sound(blob)
+    named = os.path.realpath(blob.parent) == os.path.realpath(repo / "blobs")
+    try: sound = blob_is_sound(blob) if named else None
     except OSError as e: return f"cannot be read: {e.strerror}"
     if sound is False: return f"damaged: {size} that do not match the checksum"
-    if sound is None and any(file.endswith(".safetensors") for _, file in users):
-        if safetensors_error(blob) is not None:
-            return f"damaged: {size}, not what its header states"
     return "" if sound else None
 
-def fetch_command(repo: Path,  # models--org--name
-                  *args: str,
-                  ) -> str:  # for a shell
-    "The command that fetches files of a repository into the cache that they are missing from."
-    where = () if repo.parent == hub_cache() else ("--cache-dir", str(repo.parent))
-    return f"`{shlex.join(['hf', 'download', repo_name(repo), *args, *where])}`"
+def use_state(blob: Path,
+              use: BlobUse,
+              state: str | None,  # of the blob
+              ) -> str | None:  # "": sound; None: cannot be judged; else what is wrong
+    "What can be said about one file of a revision: the Hub's list knows better than a blob's name."
+    if not os.path.isfile(blob) or use.listed in (None, blob.name) and state is not None: return state
+    size = format_bytes(blob.stat().st_size)
+    if use.listed is not None:
+        try: sound = has_hash(blob, use.listed)
+        except OSError as e: return f"cannot be read: {e.strerror}"
+        if sound or state: return "" if sound else state
+        return f"damaged: {size} that do not match the checksum in the Hub's list"
+    if use.file.endswith(".safetensors") and safetensors_error(blob) is not None:
+        return f"damaged: {size}, not what its header states"
+    return None
 
 # %% ../../nbs/hub/04_verify.ipynb #43a912f5
+def mend_file(repo: Path, use: BlobUse) -> str:
+    "What replaces a file of a revision; the Hub's client leaves a file that is no link into its blobs as it is."
+    path = repo / "snapshots" / use.commit / use.file
+    again = fetch_command(repo, use.file, "--revision", use.commit, "--force-download")
+    if path.is_symlink() and is_within(path.parent / os.readlink(path), repo / "blobs"):
+        return f"Fetch it again with {again}"
+    return f"Delete it with `rm {shlex.quote(str(path))}`, and fetch it again with {again}"
+
 def check_blob(repo: Path,  # models--org--name
                blob: Path,
-               users: list[tuple[str, str]],  # (commit, file) that lead to it
-               ) -> list[CacheProblem] | None:  # None: cannot be judged
+               users: list[BlobUse],
+               ) -> tuple[list[CacheProblem], list[tuple[Path, BlobUse]]]:  # what is wrong, and what cannot be judged
     "What is wrong with one blob, for each file that leads to it."
-    what = blob_state(blob, users)
+    state = blob_state(repo, blob)
     name = repo_name(repo)
-    if what is None: return None
-    if what == "": return []
-    if not users:
+    if not users and state:
         remedy = f"No revision uses it: unless a download is running, delete it with `rm {shlex.quote(str(blob))}`"
-        return [CacheProblem(what, remedy, name, None, blob.name)]
+        return [CacheProblem(state, remedy, name, None, blob.name)], []
+    if not users: return [], []
     found = []
-    for commit, file in users:
-        again = fetch_command(repo, file, "--revision", commit, "--force-download")
-        found.append(CacheProblem(what, f"Fetch it again with {again}", name, commit, file))
-    return found
+    unchecked: list[tuple[Path, BlobUse]] = []
+    for use in users:
+        what = state if leads_out(repo, blob) else use_state(blob, use, state)
+        if what is None: unchecked.append((repo, use))
+        elif what: found.append(CacheProblem(what, mend_file(repo, use), name, use.commit, use.file))
+    return found, unchecked
 
 # %% ../../nbs/hub/04_verify.ipynb #5190cb1d
+def ref_problem(repo: Path,  # models--org--name
+                name: str,  # of the ref
+                commits: list[str],  # that are here
+                ) -> str | None:  # None: it leads to one of them
+    "What is wrong with a ref, for us or for the Hub's client."
+    try: commit = read_ref(repo, name)
+    except ModelLoadError as e: return f"ref {name} cannot be read: {e.details['problem']}"
+    if commit not in commits: return f"ref {name} leads to no revision here"
+    if (repo / "refs" / name).stat().st_size == len(commit): return None
+    return f"ref {name} has more in it than a commit, such as a newline"
+
 def check_refs(repo: Path,  # models--org--name
                ) -> Iterator[CacheProblem]:
     "Refs that lead to no revision, and revisions that lack files."
     name = repo_name(repo)
     commits = sorted(p.name for p in (repo / "snapshots").glob("*") if p.is_dir())
-    for ref in sorted(p for p in (repo / "refs").rglob("*") if p.is_file()):
-        if ref.read_text(encoding="utf-8", errors="replace") in commits: continue
-        what = f"ref {ref.relative_to(repo / 'refs').as_posix()} leads to no revision here"
-        remedy = f"Run {fetch_command(repo)} again, or delete the ref with `rm {shlex.quote(str(ref))}`"
-        yield CacheProblem(f"{what}, so the Hub's client leaves out the whole repository", remedy, name)
+    refs = [p for p in (repo / "refs").rglob("*") if p.is_symlink() or not p.is_dir()]
+    for ref in sorted(p.relative_to(repo / "refs").as_posix() for p in refs):
+        what = ref_problem(repo, ref, commits)
+        if what is None: continue
+        yield CacheProblem(f"{what}, so the Hub's client leaves out the whole repository", ref_remedy(repo, ref), name)
     for commit in commits:
-        snapshot = repo / "snapshots" / commit
-        remedy = f"Run {fetch_command(repo, '--revision', commit)} again"
-        for file, what in (*missing_parts(snapshot), *missing_weights(snapshot)):
-            yield CacheProblem(what, remedy, name, commit, file)
+        yield from check_revision_folder(repo, commit)
+
+def check_revision_folder(repo: Path, commit: str) -> Iterator[CacheProblem]:
+    "What a revision lacks, and a list of its files that cannot be read."
+    name = repo_name(repo)
+    snapshot = repo / "snapshots" / commit
+    if not COMMIT.fullmatch(commit):
+        remedy = f"Delete it with `rm -r {shlex.quote(str(snapshot))}`"
+        yield CacheProblem("the folder's name is no commit", remedy, name, commit)
+    if not is_within(snapshot, repo):
+        remedy = f"Delete the link with `rm {shlex.quote(str(snapshot))}`"
+        what = f"the revision is a link out of the cache, to {os.path.realpath(snapshot)}"
+        yield CacheProblem(what, remedy, name, commit)
+        return
+    if os.path.lexists(tree_path(repo, commit)):
+        try: read_tree(repo, commit)
+        except ModelLoadError as e:
+            what = f"the list of its files cannot be read: {e.details['problem']}"
+            yield CacheProblem(what, f"Delete it with `rm {shlex.quote(e.details['path'])}`", name, commit)
+    remedy = f"Run {fetch_command(repo, '--revision', commit)} again"
+    try: missing = [*missing_parts(snapshot), *missing_weights(snapshot)]
+    except OSError as e: missing = [(".", f"the folder cannot be read: {e.strerror}")]
+    for file, what in missing: yield CacheProblem(what, remedy, name, commit, file)
 
 # %% ../../nbs/hub/04_verify.ipynb #2288a24a
-BlobJob = tuple[Path, Path, list[tuple[str, str]]]  # repository, blob, and (commit, file) that lead to it
+BlobJob = tuple[Path, Path, list[BlobUse]]  # repository, blob, and what leads to it
 
 def blob_jobs(repo: Path,  # models--org--name
               commit: str | None,  # None: all of them
               ) -> Iterator[BlobJob]:
     "The blobs of a repository that have to be read."
     for blob, users in sorted(repo_blobs(repo).items()):
-        if commit is None or any(used_by == commit for used_by, _ in users):
-            yield repo, blob, users
+        if commit is None: yield repo, blob, users
+        elif any(use.commit == commit for use in users):
+            yield repo, blob, [use for use in users if use.commit == commit]
+
+def check_command(repo: Path, commit: str) -> str:  # for a shell
+    "The command that compares a revision with the Hub's checksums."
+    where = () if repo.parent == hub_cache() else ("--cache-dir", str(repo.parent))
+    return f"`{shlex.join(['hf', 'cache', 'verify', repo_name(repo), '--revision', commit, *where])}`"
 
 # %% ../../nbs/hub/04_verify.ipynb #235d55eb
 def verify_cache(repo_id: str | None = None,  # None: every model
@@ -196,10 +309,11 @@ def verify_cache(repo_id: str | None = None,  # None: every model
                  cache_dir: str | Path | None = None,  # Hub cache; None: the usual one
                  progress: bool = False,  # a bar on standard error
                  ) -> VerifyReport:
-    """Check every cached byte against the checksum in its name, offline.
+    """Check every cached byte against its checksum, offline.
 
-    Files without a checksum (copies on a file system without links) are judged as far as possible and counted. It takes
-    about a second per gigabyte.
+    The checksum is in the name of a blob, and in the list of a commit's files that the Hub's client keeps. Files for
+    which neither is there (copies on a file system without links, fetched by an old client) are judged as far as
+    possible, and counted as unchecked. It takes about a second per gigabyte.
 
     Args:
         repo_id: None: every model
@@ -208,14 +322,17 @@ def verify_cache(repo_id: str | None = None,  # None: every model
         progress: a bar on standard error
 
     Raises:
-        ValidationError: the repository or the revision is not cached, or a revision was given without its repository.
+        ValidationError: the repository or the revision is not cached, a revision was given without its repository, or
+            the cache is no folder.
+        ModelLoadError: the ref that `revision` names cannot be read.
     """
     from tqdm.auto import tqdm
+    check_flag("progress", progress)
     if repo_id is None and revision is not None:
         raise ValidationError(f"verify_cache(revision={revision!r}) needs the repo_id as well")
     commit = None
     if repo_id is None:
-        repos = sorted(hub_cache(cache_dir).glob("models--*"))
+        repos = sorted(p for p in cache_folder(cache_dir).glob("models--*") if p.is_dir())
     else:
         repos = [repo_folder(repo_id, cache_dir)]
         if revision is not None: commit = cached_commit(repo_id, revision, cache_dir)
@@ -225,10 +342,13 @@ def verify_cache(repo_id: str | None = None,  # None: every model
         report.problems += [p for p in check_refs(repo) if commit in (None, p.revision)]
         jobs += blob_jobs(repo, commit)
     report.files = len(jobs)
-    report.bytes = sum(blob.stat().st_size for _, blob, _ in jobs if blob.exists())
+    report.bytes = sum(blob.stat().st_size for _, blob, _ in jobs if os.path.exists(blob))
+    unchecked: list[tuple[Path, BlobUse]] = []
     with ThreadPoolExecutor(4) as pool:
         results = pool.map(lambda job: check_blob(*job), jobs)
         for found in tqdm(results, total=len(jobs), unit="file", disable=not progress):
-            if found is None: report.unverifiable += 1
-            else: report.problems += found
+            report.problems += found[0]
+            unchecked += found[1]
+    report.unchecked = len(unchecked)
+    report.how_to_check = sorted({check_command(repo, use.commit) for repo, use in unchecked})
     return report

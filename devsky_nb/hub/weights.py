@@ -6,15 +6,16 @@
 __all__ = []
 
 # %% ../../nbs/hub/03_weights.ipynb #ae7b6d37
-import hashlib, os, re, threading
+import hashlib, json, logging, os, re, time
 from collections.abc import Iterable
 from fnmatch import fnmatch
 from math import ceil, prod
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
-from .._core import read_json
-from ..errors import ModelLoadError
+from .._core import damaged, read_json, write_atomically
+from ..errors import DevSkyyError, ModelLoadError
+from .settings import hub_cache
 
 if TYPE_CHECKING: import torch
 
@@ -26,11 +27,40 @@ def is_model_folder(path: str | Path) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "model_index.json"))
 
 # %% ../../nbs/hub/03_weights.ipynb #9e63ec59
+COMPONENT = re.compile(r"[A-Za-z]\w{0,63}")
+
+def is_component(entry: object) -> bool:
+    "Whether an entry of an index is a library and a class, or says that there is none."
+    if not isinstance(entry, list) or len(entry) != 2: return False
+    return entry == [None, None] or all(isinstance(name, str) for name in entry)
+
+def is_setting(entry: object) -> bool:
+    "Whether an entry of an index is a value of the pipeline itself."
+    return not isinstance(entry, list) or not any(isinstance(name, str) for name in entry)
+
+def read_index(folder: Path) -> dict[str, Any]:  # empty: the folder is no pipeline
+    """The index of a pipeline, its names and their shapes checked.
+
+    Raises:
+        ModelLoadError: it cannot be read, or has an entry that no pipeline has.
+    """
+    file = folder / "model_index.json"
+    if not os.path.lexists(file): return {}
+    index = read_json(file)
+    remedy = "Save or fetch the model again"
+    for name, entry in index.items():
+        if name.startswith("_"): continue
+        if not COMPONENT.fullmatch(name): raise damaged(file, f"a component cannot be called {name!r:.60}", remedy)
+        if is_component(entry) or entry is None: continue
+        if is_setting(entry) and not (folder / name).is_dir(): continue
+        raise damaged(file, f"{name!r} should be a library and a class, found {entry!r:.60}", remedy)
+    return index
+
 def weight_folders(folder: Path) -> list[Path]:  # a pipeline has one per component
     "Folders that must contain weights."
-    index = folder / "model_index.json"
-    if not index.is_file(): return [folder]
-    return [folder / name for name in read_json(index) if (folder / name / "config.json").is_file()]
+    if not (folder / "model_index.json").is_file(): return [folder]
+    parts = [folder / name for name, entry in read_index(folder).items() if is_component(entry)]
+    return [part for part in parts if (part / "config.json").is_file()]
 
 # %% ../../nbs/hub/03_weights.ipynb #35881a38
 STEM = r"(?:diffusion_pytorch_|pytorch_)?model"
@@ -191,34 +221,114 @@ def packed_bytes(shape: tuple[int, ...],  # of a linear layer's weight
     return ceil(n / 2) + scales + table
 
 # %% ../../nbs/hub/03_weights.ipynb #06d19e57
-_DIGESTS: dict[tuple, str] = {}  # (path, size, times, inode) -> sha256
-_DIGESTING = threading.Lock()
+Identity = tuple[int, int, int, int, int]  # device, inode, size, and the two times in nanoseconds
 
-def file_digest(path: Path) -> str:  # sha256, hexadecimal
-    "The checksum of a whole file, read once for as long as the file is not touched."
-    about = path.stat()
-    key = (str(path), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
-    with _DIGESTING:
-        if key in _DIGESTS: return _DIGESTS[key]
-    with path.open("rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
-    with _DIGESTING: _DIGESTS[key] = digest
+def identity_of(about: os.stat_result) -> Identity:
+    "What changes whenever the content of a file does."
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
+
+SECOND = 10**9  # nanoseconds
+TICK = 50_000_000  # nanoseconds: two changes within one may have the same time
+
+def is_settled(identity: Identity) -> bool:
+    "Whether a change from now on would show in the time; a file that was written just now is waited for."
+    changed = identity[-1]
+    age = time.time_ns() - changed
+    if os.name == "nt" or age < 0: return False
+    if changed % SECOND == 0: return age > 2 * SECOND  # the disk counts whole seconds
+    if age < TICK: time.sleep((TICK - age) / SECOND)
+    return True
+
+# %% ../../nbs/hub/03_weights.ipynb #06d1a002
+def promised_digest(path: Path) -> str | None:  # None: the name promises nothing
+    "The checksum that a file of the Hub's cache has for a name."
+    file = path.resolve()
+    in_cache = file.parent.name == "blobs" and file.parents[1].name.startswith("models--")
+    return file.name if in_cache and re.fullmatch("[0-9a-f]{64}", file.name) else None
+
+def digest_record(identity: Identity, cache_dir: str | Path | None = None) -> Path:
+    "Where the checksum of a file is kept, beside the Hub's cache."
+    hub = hub_cache(cache_dir)
+    device, inode, *_ = identity
+    return hub.with_name(f"{hub.name}-digests") / f"{device:x}-{inode:x}.json"
+
+def recorded_digest(record: Path, identity: Identity) -> str | None:  # None: there is none, or it is of another file
+    "The checksum that was kept of a file."
+    try: about = read_json(record, {"identity": list, "sha256": str}, max_bytes=4096)
+    except DevSkyyError: return None
+    digest = about["sha256"]
+    return digest if about["identity"] == list(identity) and re.fullmatch("[0-9a-f]{64}", digest) else None
+
+def record_digest(record: Path, identity: Identity, digest: str) -> None:
+    "Keep a checksum; where nothing can be written, the next process reads the file again."
+    try: write_atomically(record, json.dumps({"identity": identity, "sha256": digest}))
+    except DevSkyyError as e: log.info("the checksum of a file is not kept: %s", e)
+
+# %% ../../nbs/hub/03_weights.ipynb #06d1a003
+log = logging.getLogger(__name__)
+_DIGESTS: dict[Identity, str] = {}  # sha256 of the files of this process
+KEPT_FROM = 2**20  # bytes: smaller files are read faster than a record of them
+
+def compute_digest(path: Path, identity: Identity) -> str:
+    "Read a whole file, which nobody may write meanwhile."
+    with path.open("rb") as f:
+        same_before = identity_of(os.fstat(f.fileno())) == identity
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        same_after = identity_of(os.fstat(f.fileno())) == identity
+    if same_before and same_after: return digest
+    raise damaged(path, "it was changed while it was read", "Call again when the file is complete")
+
+def find_digest(path: Path, cache_dir: str | Path | None) -> str:
+    "Look for what is known of a file, and read it if nothing is."
+    identity = identity_of(path.stat())
+    if identity in _DIGESTS: return _DIGESTS[identity]
+    settled = is_settled(identity)
+    large = identity[2] >= KEPT_FROM
+    record = digest_record(identity, cache_dir)
+    recorded = recorded_digest(record, identity) if large else None
+    promised = promised_digest(path) if large and not os.path.lexists(record) else None
+    digest = recorded or promised or compute_digest(path, identity)
+    if settled: _DIGESTS[identity] = digest
+    if settled and large and not recorded: record_digest(record, identity, digest)
     return digest
 
-def model_files(folder: Path) -> list[Path]:
-    "The weights and settings in a model's folder."
-    return sorted(path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json", ".txt"))
+def file_digest(path: Path,  # a regular file
+                cache_dir: str | Path | None = None,  # the Hub's, beside which checksums are kept; None: the usual one
+                ) -> str:  # sha256, hexadecimal
+    """The checksum of a file's content, read once for as long as the file is the same.
 
-def folder_fingerprint(folder: Path) -> str:  # 16 hexadecimal digits
+    Raises:
+        ModelLoadError: the file cannot be read, or is written at this moment.
+    """
+    try: return find_digest(path, cache_dir)
+    except OSError as e: raise damaged(path, e, "Copy it again, or give permission to read it")
+
+# %% ../../nbs/hub/03_weights.ipynb #06d1a007
+def may_be_read(path: Path, loose: bool) -> bool:  # loose: not in the folder of a network
+    "Whether a file can be a part of a model: settings, vocabularies, and weights in safetensors."
+    if path.name.startswith(".") or not path.is_file(): return False
+    if path.suffix in WEIGHTS_SUFFIXES: return not loose and is_weights_file(path)
+    return True
+
+def model_files(folder: Path) -> list[Path]:
+    "The files from which a model, or the components of a pipeline, can be read."
+    components = [folder / name for name in read_index(folder) if (folder / name).is_dir()]
+    found = [path for path in folder.iterdir() if may_be_read(path, loose=bool(components))]
+    for component in components: found += (path for path in component.iterdir() if may_be_read(path, loose=False))
+    return sorted(found)
+
+def folder_fingerprint(folder: Path,
+                       cache_dir: str | Path | None = None,  # the Hub's, beside which checksums are kept
+                       ) -> str:  # 16 hexadecimal digits
     "A short name for what a model's folder holds: every byte of its weights and of its settings counts."
     total = hashlib.sha256()
     for path in model_files(folder):
-        total.update(f"{path.relative_to(folder).as_posix()} {file_digest(path)}\n".encode())
+        total.update(f"{path.relative_to(folder).as_posix()} {file_digest(path, cache_dir)}\n".encode())
     return total.hexdigest()[:16]
 
 def folder_stamp(folder: Path) -> str:  # 16 hexadecimal digits
-    "A cheap sign that a model's folder is as it was: names, sizes and times of its files."
+    "A cheap sign that the files of a model's folder are the same ones, unchanged."
     total = hashlib.sha256()
     for path in model_files(folder):
-        about = path.stat()
-        total.update(f"{path.relative_to(folder).as_posix()} {about.st_size} {about.st_mtime_ns}\n".encode())
+        total.update(f"{path.relative_to(folder).as_posix()} {identity_of(path.stat())}\n".encode())
     return total.hexdigest()[:16]

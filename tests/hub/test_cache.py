@@ -196,7 +196,7 @@ def test_copies_without_links_have_no_checksum_and_are_judged_as_far_as_possible
     shutil.copy(CLIP, snapshot / "model.safetensors")
     (snapshot / "vocab.txt").write_bytes(b"w")
     report = verify_cache(cache_dir=tmp_path)
-    assert report.ok and report.unverifiable == 2 and "2 without a checksum" in repr(report)
+    assert report.ok and report.unchecked == 2 and "2 unchecked" in repr(report)
     os.truncate(snapshot / "model.safetensors", 100_000)
     assert [p.file for p in verify_cache(cache_dir=tmp_path).problems] == ["model.safetensors"]
     before = disk_usage(tmp_path)
@@ -209,7 +209,7 @@ def test_names_that_are_no_hash_are_not_called_damaged(hub):
     (repo / "blobs" / "some-xet-name").write_bytes(b"hello")
     (repo / "snapshots" / A / "README.md").symlink_to("../../blobs/some-xet-name")
     report = verify_cache(cache_dir=hub)
-    assert report.ok and report.unverifiable == 1
+    assert report.ok and report.unchecked == 1
 
 
 def test_the_hubs_shared_blob_store(tmp_path):
@@ -474,7 +474,8 @@ def test_a_read_only_cache_still_loads_and_refuses_a_pin(mounted):
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     assert record_use("shop/clip", A, disk) is False
     with pytest.raises(DevSkyyError, match="cannot write x .*[Rr]ead-only"): pin("shop/clip", A, "x", disk)
-    assert any("cannot be written" in p.what for p in cache_problems(disk))
+    [problem] = [p for p in cache_problems(disk) if "cannot be written" in p.what]
+    assert "its disk is mounted read-only" in problem.what and "set HF_HOME" in problem.remedy
     assert verify_cache(cache_dir=disk).ok
     with pytest.raises(DevSkyyError, match="cannot delete.*[Rr]ead-only"): plan_eviction(max_bytes=0, cache_dir=disk).execute()
     assert verify_cache(cache_dir=disk).ok
@@ -484,7 +485,8 @@ def use_and_evict(hub):
     logging.disable(logging.CRITICAL)  # the Hub's client logs each refusal
     with pytest.raises(DevSkyyError, match="cannot write x .*Permission denied"): pin("shop/clip", A, "x", hub)
     assert record_use("shop/clip", A, hub) is False
-    assert any("cannot be written" in p.what for p in cache_problems(hub))
+    [problem] = [p for p in cache_problems(hub) if "cannot be written" in p.what]
+    assert "permission denied" in problem.what and f"sudo chown -R 65534 {hub}" in problem.remedy
     assert verify_cache(cache_dir=hub).ok
     return plan_eviction(max_bytes=0, cache_dir=hub).execute()
 

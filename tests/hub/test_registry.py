@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from devsky_nb.device import check_device
 from devsky_nb.errors import InsufficientMemoryError, MLError, ModelLoadError, ModelNotFoundError, ValidationError
 from devsky_nb.hub.locate import locate_model
 from devsky_nb.hub import registry as registry_module
@@ -28,8 +29,8 @@ def shop(tmp_path):
     return tmp_path
 
 
-def make_registry(shop, **options):
-    r = ModelRegistry(shop, offline=True, device="cpu", **options)
+def make_registry(shop, device="cpu", **options):
+    r = ModelRegistry(shop, offline=True, device=device, **options)
     for name in ("clip", "other"): r.register(ModelSpec(name, f"shop/{name}", "clip"))
     return r
 
@@ -101,6 +102,7 @@ def test_names_that_are_no_model(name, tmp_path):
 def test_offline_errors_name_both_ways_out(name, command, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(ModelNotFoundError) as e: locate_model(name, tmp_path, offline=True)
+    command = f"{command} --cache-dir {tmp_path}"
     assert f"`{command}`" in str(e.value) and "`--model tiny-clip`" in str(e.value) and "offline=True" in str(e.value)
     assert e.value.details["remedies"] == [command, "--model tiny-clip"] and json.dumps(e.value.to_dict())
 
@@ -126,7 +128,7 @@ def test_the_registry_takes_whatever_names_a_model(shop, loads):
     with pytest.raises(ValidationError, match="has no versions"): r.get_model(TINY, "abc")
     assert r.unload(str(TINY)) == r.unload("shop/clip") > 0
     assert r.prefetch("shop/clip", OLD).ok
-    with r.lease("shop/clip"): assert ("shop--clip", OLD) in versions_in_memory(r)
+    with r.lease("shop/clip"): assert ("shop/clip", OLD) in versions_in_memory(r)
 
 
 @pytest.mark.parametrize("limit", [0, -1, "1GB", float("nan"), 1.5])
@@ -222,10 +224,12 @@ def sdxl(tmp_path_factory):
     return folder
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("variant", ["plain", "fp16"])
-def test_a_pipeline_loads_completely(variant, sdxl):
+def test_a_pipeline_loads_completely(variant, sdxl, device):
     import torch
-    pipe = load_model(sdxl / variant, "cpu", torch.float16)
+    pipe = load_model(sdxl / variant, device, torch.float16)
+    assert {check_device(w.device) for part in (pipe.unet, pipe.vae, pipe.text_encoder_2) for w in part.parameters()} == {check_device(device)}
     weights = sum(p.stat().st_size for p in (sdxl / variant).rglob("*.safetensors"))
     assert (type(pipe).__name__, pipe.unet.dtype, pipe.unet.training) == ("StableDiffusionXLPipeline", torch.float16, False)
     assert .45 * weights < model_bytes(pipe) < .51 * weights
@@ -299,8 +303,9 @@ def test_a_pipeline_with_lost_weights_is_refused(sdxl, tmp_path):
 
 # --- threads and memory
 
-def test_32_threads_load_once(shop, loads):
-    r, start = make_registry(shop), threading.Barrier(32)
+@pytest.mark.device
+def test_32_threads_load_once(shop, loads, device):
+    r, start = make_registry(shop, device), threading.Barrier(32)
 
     def get(_):
         start.wait()
@@ -323,9 +328,9 @@ def test_a_failed_load_does_not_poison_the_name(shop, loads):
     assert type(r.get_model("clip")).__name__ == "CLIPModel" and len(loads) == 1
 
 
-def test_the_limit_is_in_bytes_and_the_least_recently_used_goes(shop, loads):
-    size = model_bytes(load_model("tiny-clip", "cpu"))
-    r = make_registry(shop, max_bytes=2 * size)
+def test_the_limit_is_in_bytes_and_the_least_recently_used_goes(shop, loads, device):
+    size = model_bytes(load_model("tiny-clip", device))
+    r = make_registry(shop, device, max_bytes=2 * size)
     r.get_model("clip"), r.get_model("other"), r.get_model("clip"), r.get_model("tiny-clip")
     assert in_memory(r) == ["clip", "tiny-clip"] and len(loads) == 4
     assert held_bytes(r) <= 2 * size
@@ -335,9 +340,10 @@ def test_the_limit_is_in_bytes_and_the_least_recently_used_goes(shop, loads):
     assert len(loads) == 5
 
 
-def test_a_leased_model_is_never_evicted(shop):
-    size = model_bytes(load_model("tiny-clip", "cpu"))
-    r = make_registry(shop, max_bytes=size + 1000)
+@pytest.mark.device
+def test_a_leased_model_is_never_evicted(shop, device):
+    size = model_bytes(load_model("tiny-clip", device))
+    r = make_registry(shop, device, max_bytes=size + 1000)
     with r.lease("clip") as model:
         with pytest.raises(InsufficientMemoryError) as e: r.get_model("other")
         assert e.value.details["leased"] == size and e.value.details["max_bytes"] == size + 1000
@@ -356,7 +362,7 @@ def test_eviction_passes_over_a_leased_model_although_it_is_the_oldest(shop):
 
 
 def test_threads_that_lease_more_than_fits_keep_the_limit_and_their_models(shop, loads):
-    size, bad, refused, leased, enough = model_bytes(load_model("tiny-clip", "cpu")), [], [], {k: 0 for k in range(4)}, 25
+    size, bad, refused, leased, enough = model_bytes(load_model("tiny-clip", "cpu")), [], [], {k: 0 for k in range(4)}, 10
     r = make_registry(shop, max_bytes=2 * size + 1000)
     names = ["clip", "other", "tiny-clip", "shop/clip"]
     stop = time.monotonic() + 120  # if the others hold everything for ever
@@ -504,6 +510,33 @@ def test_twenty_threads_lease_models_forms_and_revisions(shop, loads):
     with ThreadPoolExecutor(20) as pool: found = set(pool.map(work, range(20)))
     assert len(found) == 5 and len({model for _, model in found}) == 4  # main is the version that "clip" means
     assert (len(loads), len(built)) == (3, 1) and all(m.leases == 0 for m in r._memory.models.values())
+
+
+FORK = """
+import os, sys, threading
+from devsky_nb.hub import registry
+r = registry.ModelRegistry(sys.argv[1], offline=True)
+held = threading.Event()
+
+def hold():
+    with r._memory.locked(), registry._MAKING:
+        held.set()
+        threading.Event().wait()
+
+threading.Thread(target=hold, daemon=True).start()
+held.wait()
+child = os.fork()
+if child == 0:
+    print(r, registry.default_registry(sys.argv[1]) is not None, flush=True)
+    os._exit(0)
+os.waitpid(child, 0)
+os._exit(0)
+"""
+
+
+def test_a_fork_while_another_thread_holds_the_locks_leaves_the_child_free(tmp_path):
+    done = python(FORK, tmp_path)
+    assert "in memory: none) True" in done.stdout, done.stderr
 
 
 def test_loads_of_different_models_do_not_wait_for_each_other(shop):
@@ -669,7 +702,7 @@ def test_the_default_registry_keeps_nothing_that_nobody_uses(shop):
     gone, again = weakref.ref(lease.model), r.lease("shop/clip", revision="main")
     assert again.model is lease.model
     lease.release()
-    assert "shop--clip" in repr(r)
+    assert "shop/clip" in repr(r)
     again.release()
     gc.collect()
     assert gone() is None and "in memory: none" in repr(r)
@@ -888,7 +921,7 @@ def test_prefetch_downloads_only_safe_files_and_locks_the_commit(hub, tmp_path):
 
 
 BOTH = [f"unet/diffusion_pytorch_model{v}.safetensors" for v in ("", ".fp16")] + [f"text_encoder/model{v}.safetensors" for v in ("", ".fp16")]
-LISTED = {"model_index.json": b'{"unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}',
+LISTED = {"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"], "text_encoder": ["transformers", "CLIPTextModel"]}',
           "unet/config.json": b"{}",
           "text_encoder/config.json": b"{}",
           "sd_xl_base.safetensors": FILES["model.safetensors"]} | {name: FILES["model.safetensors"] for name in BOTH}
@@ -921,6 +954,18 @@ def test_prefetch_replaces_a_damaged_file(hub, tmp_path):
     blob.write_bytes(blob.read_bytes()[:-5] + b"wrong")
     assert call(tmp_path, hub, "verify", "clip")["ok"] is False
     assert call(tmp_path, hub, "prefetch", "clip")["ok"] and call(tmp_path, hub, "verify", "clip")["ok"]
+
+
+@pytest.mark.slow
+def test_prefetch_replaces_a_damaged_copy_where_there_are_no_links(hub, tmp_path):
+    hub.repos["shop/clip"] = {"main": NEW}, {NEW: FILES}
+    fetched = call(tmp_path, hub, "prefetch", "clip", HF_HUB_DISABLE_SYMLINKS="1")
+    weights = Path(fetched["folder"]) / "model.safetensors"
+    assert not weights.is_symlink() and fetched["verified"]["unchecked"] == 0
+    weights.write_bytes(weights.read_bytes()[:-5] + b"wrong")
+    assert call(tmp_path, hub, "verify", "clip")["ok"] is False
+    assert call(tmp_path, hub, "prefetch", "clip", HF_HUB_DISABLE_SYMLINKS="1")["ok"]
+    assert weights.read_bytes() == FILES["model.safetensors"]
 
 
 def test_pickles_on_main_are_left_for_the_converters_safetensors(hub, tmp_path):
