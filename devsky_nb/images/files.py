@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/images/02_files.ipynb #629f76d0
 import errno, os, stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DevSkyyError, FileNotFoundError
@@ -14,18 +15,71 @@ from .policy import ImagePolicy, load_error
 
 # %% ../../nbs/images/02_files.ipynb #056ae80d
 OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)
+STEPWISE = os.open in os.supports_dir_fd and NO_LINK != 0
+
+def open_stepwise(folder: str, parts: Sequence[str]) -> int:  # file descriptor
+    "Open a file below a folder, through no link."
+    only_a_folder = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY  # O_PATH: to pass through, not to list
+    handle = os.open(folder, only_a_folder)
+    for part in parts[:-1]:
+        outer = handle
+        try:
+            handle = os.open(part, only_a_folder | NO_LINK, dir_fd=outer)
+        finally:
+            os.close(outer)
+    try:
+        return os.open(parts[-1], OPEN_FLAGS | NO_LINK, dir_fd=handle)
+    finally:
+        os.close(handle)
+
+def open_unchanged(path: str, real: str) -> int:  # file descriptor
+    "Open a resolved path that must still mean the same file afterwards."
+    handle = os.open(real, OPEN_FLAGS)
+    if os.path.realpath(path) == real and os.path.samestat(os.fstat(handle), os.stat(real)):
+        return handle
+    os.close(handle)
+    raise OSError(errno.ELOOP, "a link on the way to it was exchanged")
+
+# %% ../../nbs/images/02_files.ipynb #3ad02003
 OPEN_REASONS = {errno.ENOENT: "missing", errno.ENOTDIR: "missing", errno.EACCES: "permission",
                 errno.EPERM: "permission", errno.ENXIO: "not-a-file"}
+FILE_TYPES = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+TRIES = 5
+
+def check_is_file(info: os.stat_result, path: str) -> None:
+    "Refuse what is no file with content."
+    if not stat.S_ISREG(info.st_mode):
+        kind = FILE_TYPES.get(stat.S_IFMT(info.st_mode), "something special")
+        raise load_error("not-a-file", f"{kind}, not a file", path)
+
+def open_below(path: str, root: str | Path) -> int:  # file descriptor
+    "Open for reading what lies inside `root`, whatever is exchanged meanwhile."
+    allowed = os.path.realpath(root)
+    failure = OSError(errno.ELOOP, "a link on the way to it was exchanged")
+    for _ in range(TRIES):
+        real = os.path.realpath(path)
+        if not Path(real).is_relative_to(allowed):
+            raise load_error("outside-root", f"outside of {str(root)!r}, the only folder that may be read", path)
+        check_is_file(os.stat(real), path)
+        try:
+            parts = Path(real).relative_to(allowed).parts
+            return open_stepwise(allowed, parts) if STEPWISE and parts else open_unchanged(path, real)
+        except OSError as e:
+            if e.errno not in (errno.ELOOP, errno.ENOTDIR):
+                raise
+            failure = e
+    raise failure
 
 def open_file(path: str,
               root: str | Path | None = None,  # folder that the file must be in
               ) -> int:  # file descriptor
     "Open for reading, without ever waiting, if it lies inside `root`."
     try:
-        real = os.path.realpath(path)
-        if root is not None and not Path(real).is_relative_to(os.path.realpath(root)):
-            raise load_error("outside-root", f"outside of {str(root)!r}, the only folder that may be read", path)
-        return os.open(path if root is None else real, OPEN_FLAGS)
+        if root is not None:
+            return open_below(path, root)
+        check_is_file(os.stat(path), path)
+        return os.open(path, OPEN_FLAGS)
     except DevSkyyError:
         raise
     except OSError as e:
@@ -38,8 +92,6 @@ def open_file(path: str,
         raise load_error("bad-path", f"not a path: {e}", path, e)
 
 # %% ../../nbs/images/02_files.ipynb #0162a2fd
-FILE_TYPES = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
-
 def read_file(path: str,
               policy: ImagePolicy = ImagePolicy(),
               span: tuple[int, int] | None = None,  # offset and length in bytes; None: the whole file
@@ -48,9 +100,7 @@ def read_file(path: str,
     fd = open_file(path, policy.root)
     try:
         info = os.fstat(fd)
-        if not stat.S_ISREG(info.st_mode):
-            kind = FILE_TYPES.get(stat.S_IFMT(info.st_mode), "something special")
-            raise load_error("not-a-file", f"{kind}, not a file", path)
+        check_is_file(info, path)
         offset, size = span or (0, info.st_size)
         if size > policy.max_bytes:
             raise load_error("too-many-bytes", f"{size:,} bytes, more than max_bytes={policy.max_bytes:,}", path)

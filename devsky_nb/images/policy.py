@@ -49,7 +49,7 @@ class ImagePolicy:
         Returns:
             bytes
         """
-        return 32 * 2**20 + self.max_bytes + 32 * self.max_pixels
+        return 32 * 2**20 + 2 * self.max_bytes + 32 * self.max_pixels
 
 # %% ../../nbs/images/01_policy.ipynb #9d21c7a4
 def check_policy(policy: ImagePolicy | None) -> ImagePolicy:  # the defaults for None

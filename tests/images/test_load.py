@@ -9,6 +9,7 @@ from PIL import ExifTags, GifImagePlugin, Image, ImageCms, ImageFile, ImageOps, 
 from transformers.image_transforms import convert_to_rgb
 
 from devsky_nb.errors import DevSkyyError, FileNotFoundError, ValidationError
+from devsky_nb.images import files
 from devsky_nb.images.decode import FORMATS, MAX_FRAMES
 from devsky_nb.images.load import load_image, pixel_hash
 from devsky_nb.images.policy import ImagePolicy
@@ -146,6 +147,71 @@ def test_root_confines_paths_after_following_links(tmp_path):
                 tmp_path / "nothing"):
         assert refusal(bad, policy) == "outside-root"
     assert load_image(root / "link.png")[1].format == "PNG"
+
+
+@pytest.mark.parametrize("swap", ["a folder for a link", "a link for another"])
+def test_root_confines_while_links_are_exchanged(tmp_path, swap):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for folder, colour in ((root / "inner", "red"), (outside, "blue")):
+        folder.mkdir(parents=True)
+        (folder / "a.png").write_bytes(encode(Image.new("RGB", (2, 2), colour)))
+    os.symlink(outside, root / "leads-out")
+    os.symlink("inner", root / "leads-in")
+    if swap == "a link for another": os.symlink("inner", root / "way")
+    stop = threading.Event()
+
+    def exchange():
+        while not stop.is_set():
+            if swap == "a folder for a link":
+                for old, new in (("inner", "kept"), ("leads-out", "inner"), ("inner", "leads-out"), ("kept", "inner")):
+                    os.rename(root / old, root / new)
+            else:
+                for target in ("leads-out", "leads-in"):
+                    os.symlink(target, root / "next")
+                    os.replace(root / "next", root / "way")
+
+    path = root / ("inner" if swap == "a folder for a link" else "way") / "a.png"
+    worker = threading.Thread(target=exchange, daemon=True)
+    worker.start()
+    try: found = Counter(str(r) if isinstance(r := outcome(path, ImagePolicy(root=root)), str) else r.getpixel((0, 0))
+                         for _ in range(1500))
+    finally: stop.set(); worker.join(60)
+    assert set(found) <= {(255, 0, 0), "missing", "outside-root", "unreadable"} and found[255, 0, 0] > 10, found
+
+
+def test_without_stepwise_opening_an_exchanged_link_is_noticed(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "STEPWISE", False)
+    root = tmp_path / "root"
+    (root / "inner").mkdir(parents=True)
+    (root / "inner" / "a.png").write_bytes(encode(photo()))
+    (tmp_path / "a.png").write_bytes(encode(photo()))
+    policy = ImagePolicy(root=root)
+    assert load_image(root / "inner" / "a.png", policy)[1].format == "PNG"
+    real = os.path.realpath
+    def exchange(path, **options):
+        found = real(path, **options)
+        if str(found).endswith("inner/a.png"):
+            os.rename(root / "inner", root / "kept")
+            os.symlink(tmp_path, root / "inner")
+        return found
+    monkeypatch.setattr(os.path, "realpath", exchange)
+    assert refusal(root / "inner" / "a.png", policy) == "outside-root"
+
+
+def test_folders_that_may_be_passed_but_not_listed(tmp_path):
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "closed" / "a.png").write_bytes(encode(photo()))
+    (tmp_path / "closed").chmod(0o111)
+    try: assert load_image(tmp_path / "closed" / "a.png", ImagePolicy(root=tmp_path))[1].format == "PNG"
+    finally: (tmp_path / "closed").chmod(0o755)
+
+
+def test_a_device_is_not_even_opened(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(os, "open", lambda *args, **options: opened.append(args) or pytest.fail("opened"))
+    for path in ("/dev/null", "/dev/zero", tmp_path):
+        for policy in (ImagePolicy(), ImagePolicy(root="/")): assert refusal(path, policy) == "not-a-file"
+    assert not opened
 
 
 def test_no_descriptor_is_left_open(tmp_path):
@@ -304,18 +370,6 @@ def test_an_srgb_profile_changes_nothing_and_a_broken_one_is_ignored_aloud():
     for profile in (b"x", SRGB[:200], bytes(500), lut_profile(b"CMYK", 4), SRGB[:128] + bytes(len(SRGB) - 128)):
         image, record = load_image(encode(photo(), icc_profile=profile))
         assert image == photo() and record.actions[0].startswith("icc: unusable profile ignored"), profile[:20]
-
-
-@pytest.mark.parametrize("ink, marked", [((0, 255, 255, 0), True), ((0, 0, 0, 0), True), ((0, 255, 255, 0), False)])
-def test_cmyk_jpegs_inverted_by_adobe_and_plain(ink, marked):
-    data = encode(Image.new("CMYK", (32, 32), ink if marked else tuple(255 - c for c in ink)), "JPEG", quality=95)
-    if not marked:  # Pillow writes Adobe's way; without the mark the stored values are taken as they are
-        at = data.index(b"\xff\xee")
-        data = data[:at] + data[at + 2 + struct.unpack(">H", data[at + 2:at + 4])[0]:]
-    image, record = load_image(data)
-    assert np.abs(pixels(image)[16, 16] - [255, 255 - ink[1], 255 - ink[2]]).max() <= 4
-    assert record.actions == ("cmyk: converted without a profile",) if marked else ("cmyk: read as not inverted",
-                                                                                    "cmyk: converted without a profile")
 
 
 @pytest.mark.parametrize("format", ["GIF", "PNG", "WEBP", "AVIF", "TIFF", "MPO"])

@@ -1,12 +1,12 @@
 "From an image to the model's numbers: equal to the reference processor in every bit, for every size; settings in every spelling."
-import inspect, io, json, subprocess, sys
+import inspect, io, json, os, subprocess, sys
 
 import numpy as np, pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 
-from devsky_nb.errors import FileNotFoundError, ValidationError
+from devsky_nb.errors import FileNotFoundError, ModelLoadError, ValidationError
 from devsky_nb.images.load import load_image
 from devsky_nb.images.preprocess import ClipPreprocessor, resize_box, resized_size, source_rows
 
@@ -97,22 +97,60 @@ def test_settings_in_every_spelling(tmp_path):
     assert (new.size, new.crop) == (48, 40)
     (tmp_path / "preprocessor_config.json").write_text('{"size": 10}')
     assert ClipPreprocessor.from_pretrained(tmp_path).size == 48, "processor_config.json wins, as in transformers"
-    for bad in ({"resample": 2}, {"do_resize": False}, {"do_center_crop": False}, {"do_rescale": False}, {"do_normalize": False},
-                {"do_pad": True}, {"size": {"height": 9, "width": 9}},
-                {"size": {"shortest_edge": 9, "longest_edge": 12}}, {"crop_size": {"height": 9, "width": 8}}, {"size": "big"},
-                {"size": -3}, {"size": 10**9}, {"image_mean": [0.5]},
-                {"image_std": [1, 1, "x"]}, {"image_std": [1, 0, 1]}, {"image_mean": [1, float("nan"), 1]},
-                {"image_processor_type": "SiglipImageProcessor"}, {"rescale_factor": "x"}):
-        with pytest.raises(ValidationError) as caught: read("preprocessor_config.json", bad)
-        assert next(iter(bad)) in str(caught.value)
-    for text in ("", "[1, 2]", "{", "null", '"x"', "\udcff"):
-        (tmp_path / "preprocessor_config.json").write_text(text, errors="surrogateescape", encoding="utf-8")
-        with pytest.raises(ValidationError, match="is not a processor configuration"): ClipPreprocessor.from_pretrained(tmp_path)
+    for other in ({"resample": 2}, {"do_resize": False}, {"do_center_crop": False}, {"do_rescale": False}, {"do_normalize": False},
+                  {"do_pad": True}, {"size": {"height": 9, "width": 9}}, {"size": {"shortest_edge": 9, "longest_edge": 12}},
+                  {"crop_size": {"height": 9, "width": 8}}, {"image_processor_type": "SiglipImageProcessor"}):
+        with pytest.raises(ValidationError, match="differs from CLIP's") as caught: read("preprocessor_config.json", other)
+        assert next(iter(other)) in str(caught.value)
     (tmp_path / "preprocessor_config.json").unlink()
     for missing in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(FileNotFoundError, match="no preprocessor_config.json"): ClipPreprocessor.from_pretrained(missing)
-    with pytest.raises(ValidationError):
-        (tmp_path / "processor_config.json").write_text('{"image_processor": 5}'); ClipPreprocessor.from_pretrained(tmp_path)
+
+
+NAN, HUGE, DEEP = float("nan"), 10**400, "[" * 5000
+
+@pytest.mark.parametrize("settings", [
+    *({"size": v} for v in ("big", -3, 0, 10**9, HUGE, 2.5, True, [224], {"shortest_edge": "9"}, {"shortest_edge": 10**9})),
+    *({"crop_size": v} for v in ("big", -3, 0, 5000, HUGE, NAN, {"height": -1, "width": -1}, {"height": 9.5, "width": 9.5})),
+    *({"image_mean": v} for v in ([.5], [], [.5] * 4, "abc", 5, {}, [1, NAN, 1], [1, HUGE, 1], [1, float("inf"), 1], [1, "x", 1],
+                                  [1, True, 1])),
+    *({"image_std": v} for v in ([1, 0, 1], [1, -.2, 1], [1, NAN, 1], [1, 1e-300, 1], [1] * 2, "abc", [HUGE] * 3, [[1]] * 3)),
+    *({"rescale_factor": v} for v in ("x", 0, -1, NAN, float("inf"), HUGE, 1e-300, [1])),
+    *({"resample": v} for v in (99, -1, "3", 2.5, True, [3], HUGE)),
+    *({name: v} for name in ("do_resize", "do_pad", "do_normalize") for v in ("yes", 1, [], 0)),
+    {"image_processor_type": 5}, {"feature_extractor_type": ["CLIP"]}], ids=lambda s: repr(s)[:40])
+@pytest.mark.parametrize("name", ["preprocessor_config.json", "processor_config.json"])
+def test_a_setting_that_cannot_be_meant_is_a_damaged_file(tmp_path, name, settings):
+    (tmp_path / name).write_text(json.dumps({"image_processor": settings} if name[:4] == "proc" else settings))
+    with pytest.raises(ModelLoadError, match=name) as caught: ClipPreprocessor.from_pretrained(tmp_path)
+    assert "Fetch the model again" in str(caught.value) and len(str(caught.value)) < 600 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize("text", ["", "[1, 2]", "{", "null", '"x"', "5", b"\xff\xfe{", DEEP, '{"size":' * 3000, "{" + " " * 2**24 + "}"],
+                         ids=lambda t: repr(t[:9]))
+def test_a_file_that_is_no_configuration_is_damaged(tmp_path, text):
+    path = tmp_path / "preprocessor_config.json"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ModelLoadError, match="preprocessor_config.json cannot be read"): ClipPreprocessor.from_pretrained(tmp_path)
+
+
+def test_what_is_no_file_is_damaged_too_and_a_mark_of_utf8_is_none(tmp_path):
+    path = tmp_path / "preprocessor_config.json"
+    for make in (path.mkdir, lambda: os.mkfifo(path), lambda: path.symlink_to("/dev/zero"), lambda: path.symlink_to("gone")):
+        make()
+        with pytest.raises(ModelLoadError, match="preprocessor_config.json cannot be read"): ClipPreprocessor.from_pretrained(tmp_path)
+        path.rmdir() if path.is_dir() else path.unlink()
+    (tmp_path / "processor_config.json").write_text('{"image_processor": 5}')
+    with pytest.raises(ModelLoadError, match="should be an object, found 5"): ClipPreprocessor.from_pretrained(tmp_path)
+    (tmp_path / "processor_config.json").write_text("{}")
+    path.write_bytes(b'\xef\xbb\xbf{"size": 64, "crop_size": 64}')
+    assert ClipPreprocessor.from_pretrained(tmp_path).size == 64
+
+
+@pytest.mark.parametrize("wrong", [{"size": 0}, {"crop": 10**9}, {"mean": (1, 2)}, {"mean": "abc"}, {"std": (1, 0, 1)}, {"std": None},
+                                   {"rescale_factor": NAN}, {"rescale_factor": HUGE}], ids=lambda w: repr(w)[:40])
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValidationError, match=next(iter(wrong))): ClipPreprocessor(**wrong)
 
 
 def test_neither_torch_nor_transformers_is_needed(tmp_path):

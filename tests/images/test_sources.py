@@ -5,11 +5,12 @@ from pathlib import Path
 import pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given, settings, strategies as st
 
-from devsky_nb.errors import DevSkyyError, ValidationError
+from devsky_nb.errors import DevSkyyError, FileNotFoundError as NoSuchFile, ValidationError
 from devsky_nb.images.policy import ImagePolicy
-from devsky_nb.images.folders import ImageFolder, ImageList, expand_pattern, find_images
+from devsky_nb.images.folders import ImageFolder, ImageList, expand_pattern
 from devsky_nb.images.items import Item, read_item
-from devsky_nb.images.sources import open_source, slices
+from devsky_nb.images.lists import ListedImages
+from devsky_nb.images.sources import AnyImages, open_source, slices
 from devsky_nb.images.tables import ParquetImages
 from devsky_nb.images.tars import TarShards
 
@@ -62,7 +63,7 @@ def test_a_folder_that_cannot_be_listed_is_a_row(tmp_path, monkeypatch):
         if os.path.basename(path) == "b": raise PermissionError(13, "Permission denied", str(path))
         return scan(path)
     monkeypatch.setattr(os, "scandir", scandir)
-    assert [(i.id, outcome(i)) for i in items(ImageFolder(tmp_path))] == [("a/1.jpg", b"1"), ("b", "not-a-file"), ("c/1.jpg", b"1")]
+    assert [(i.id, outcome(i)) for i in items(ImageFolder(tmp_path))] == [("a/1.jpg", b"1"), ("b", "unreadable"), ("c/1.jpg", b"1")]
 
 
 def test_files_that_vanish_or_lie_outside_of_root(tmp_path):
@@ -95,16 +96,33 @@ def test_a_million_files_are_listed_in_little_memory(tmp_path):
 
 # which source
 
+@pytest.mark.parametrize("kind", [ImageFolder, TarShards, ParquetImages, ListedImages, AnyImages])
+@pytest.mark.parametrize("name", ["no", "no.tar", "no.parquet", "no.csv", "no/", "no/below.jpg"])
+def test_a_place_that_is_named_and_not_there_is_one_error_before_any_work(tmp_path, kind, name):
+    path = os.path.join(tmp_path, name)
+    with pytest.raises(NoSuchFile, match="no (file or )?folder"): list(kind(path if kind is not ListedImages else path + ".csv").parts())
+    with pytest.raises(NoSuchFile, match="no file or folder"): open_source(path)
+    with pytest.raises(NoSuchFile, match="no file or folder"): open_source(path, "image")
+
+
+def test_a_shard_that_is_missing_among_others_is_an_input_that_fails(tmp_path):
+    parts = list(TarShards(tmp_path / "{0..2}.tar").parts())
+    assert [part.problem[0] for part in parts] == ["broken-tar"] * 3
+    for pattern in (tmp_path / "*.tar", tmp_path / "no-*" / "a.jpg"):
+        with pytest.raises(ValidationError, match="nothing matches"): open_source(pattern)
+
+
 def test_kinds_of_folders_and_files(tmp_path):
     (tmp_path / "deep" / "er").mkdir(parents=True)
     pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "deep" / "er" / "a.parquet")
-    assert open_source(tmp_path) == ParquetImages(tmp_path)
-    assert open_source(tmp_path, "image", "id") == ParquetImages(tmp_path, "image", "id")
-    (tmp_path / "one.txt").touch()
-    with pytest.raises(ValidationError, match="one.txt' is no image"): open_source(tmp_path / "one.txt")
-    with pytest.raises(ValidationError, match="no file or folder"): open_source(tmp_path / "no.tar")
+    assert open_source(tmp_path) == AnyImages(str(tmp_path))
+    assert [i.data for i in items(open_source(tmp_path))] == [b"x"]
+    assert open_source(tmp_path, "image", "id") == ParquetImages(str(tmp_path), "image", "id")
+    (tmp_path / "one.md").touch()
+    with pytest.raises(ValidationError, match="one.md' is no image, .*: no image, by its name"): open_source(tmp_path / "one.md")
+    with pytest.raises(NoSuchFile, match="no file or folder"): open_source(tmp_path / "no.tar")
     with pytest.raises(ValidationError, match="nothing matches"): open_source(tmp_path / "no-*.tar")
-    with pytest.raises(ValidationError, match="for Parquet files, not for ImageList"): open_source(["a.jpg"], "image")
+    with pytest.raises(ValidationError, match="for tables, not for ImageList"): open_source(["a.jpg"], "image")
     (tmp_path / "empty").mkdir()
     assert items(open_source(tmp_path / "empty")) == []
 
@@ -165,7 +183,7 @@ def test_tars_that_are_none_and_headers_that_are_damaged(tmp_path):
     with tarfile.open(tmp_path / "3.tar", "w:gz") as t: t.add(__file__, "x.jpg")
     (tmp_path / "4.tar").mkdir()
     assert [(i.id, i.problem and i.problem[0]) for i in items(TarShards(tmp_path))] == [
-        ("0.tar", "broken-tar"), ("1.tar", "broken-tar"), ("2.tar/a.jpg", None), ("2.tar", "broken-tar"), ("3.tar", "broken-tar")]
+        ("0.tar", "broken-tar"), ("1.tar", "broken-tar"), ("2.tar/a.jpg", None), ("2.tar", "broken-tar"), ("2.tar/c.jpg", None), ("3.tar", "broken-tar")]
     assert [i.id for i in items(TarShards(f"{tmp_path}/{{8..9}}.tar"))] == ["8.tar", "9.tar"]
 
 
@@ -203,7 +221,7 @@ def test_wrong_columns_and_wrong_files(tmp_path):
     with pytest.raises(ValidationError, match="no column 'sku' for the ids.*image"): items(ParquetImages(tmp_path, id_column="sku"))
     pq.write_table(pa.table({"image": [b"x", b"y", None], "n": [7, None, 9]}), tmp_path / "a.parquet")
     [part] = slices(ParquetImages(tmp_path, id_column="n"))
-    assert [i.id for i in part.items()] == list(part.given_ids()) == ["7", "a.parquet/1", "9"]
+    assert [i.id for i in part.items()] == [i for piece in part.parts for i in piece.given_ids()] == ["7", "a.parquet/1", "9"]
     pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
     (tmp_path / "c.parquet").write_bytes(b"")
@@ -240,6 +258,5 @@ def test_slices_of_parquet_are_the_rows_in_order_however_they_are_cut(tmp_path_f
     assert all(s.item(n) == list(s.items())[n] for s, n in order)
 
 
-def test_an_item_knows_its_path(tmp_path):
+def test_an_item_knows_its_path():
     assert Item("x", "a/b.jpg").path == "a/b.jpg" and Item("x", problem=("a", "b")).path is None
-    assert list(find_images(tmp_path)) == []
