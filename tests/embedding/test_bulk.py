@@ -90,15 +90,14 @@ def test_empty_sources(embedder, tmp_path):
     with pytest.raises(ValidationError, match="has 2 rows: is a disk not mounted"): embed_images(tmp_path / "empty", tmp_path / "out", embedder)
     assert files(tmp_path / "out") == before
     assert embed_images([], tmp_path / "out", embedder, resume=False).total == 0 and pq.read_table(tmp_path / "out").num_rows == 0
-    with pytest.raises(ValidationError, match="no-such"): embed_images(tmp_path / "no-such", tmp_path / "out2", embedder)
+    with pytest.raises(FileNotFoundError, match="no-such"): embed_images(tmp_path / "no-such", tmp_path / "out2", embedder)
     assert not (tmp_path / "out2").exists()
 
 
 def test_two_inputs_with_one_id_are_refused_before_any_work(embedder, tmp_path):
     folder = make_images(tmp_path / "in", 3)
     pq.write_table(pa.table({"sku": ["a", "b", "a"], "image": [b"", b"", b""]}), tmp_path / "x.parquet")
-    with tarfile.open(tmp_path / "x.tar", "w") as t: [t.add(folder / "0000.png", "same.png") for _ in range(2)]
-    for source in (ImageList([folder / "0000.png", folder / "0001.png", folder / "0000.png"]), ParquetImages(tmp_path / "x.parquet", id_column="sku"), TarShards(tmp_path / "x.tar")):
+    for source in (ImageList([folder / "0000.png", folder / "0001.png", folder / "0000.png"]), ParquetImages(tmp_path / "x.parquet", id_column="sku")):
         with pytest.raises(ValidationError, match="is given twice"): embed_images(source, tmp_path / "out", embedder, shard_rows=1)
     assert not list((tmp_path / "out").glob("*.parquet"))
 
@@ -113,9 +112,10 @@ def test_wrong_arguments_touch_nothing(embedder, tmp_path, wrong, says):
 # kills
 
 SERVER = LOAD + """
-import json, os, sys, traceback
+import json, os, sys, torch, traceback
 from devsky_nb.embedding.bulk import embed_images
 from devsky_nb.embedding.pool import VectorPool
+torch.set_num_threads(1)  # a fork has no others
 embed_images([sys.argv[1]], sys.argv[2], e, batch_size=8)
 for line in sys.stdin:
     if not (pid := os.fork()):
@@ -324,7 +324,8 @@ def test_damaged_and_foreign_files_are_named(embedder, tmp_path):
     embed_images(folder, out, embedder, shard_rows=4)
     before, shard = files(out), out / "part-00001.parquet"
     sound = before[shard.name]
-    for data in (sound[:-7], b"", sound[:900] + bytes([sound[900] ^ 255]) + sound[901:]):
+    middle = pq.read_metadata(shard).row_group(0).column(6).data_page_offset + 200  # of the vectors
+    for data in (sound[:-7], b"", sound[:middle] + bytes([sound[middle] ^ 255]) + sound[middle + 1:]):
         shard.write_bytes(data)
         with pytest.raises(ValidationError, match=r"part-00001.parquet' is damaged.*delete it"): embed_images(folder, out, embedder, shard_rows=4)
     shard.unlink()
@@ -526,9 +527,19 @@ def test_a_vector_that_is_not_finite_is_one_row(embedder, tmp_path, monkeypatch)
     assert (report.embedded, report.error, report.reasons) == (5, 1, {"model": 1})
 
 
-def test_an_output_inside_its_source_is_refused(embedder, tmp_path):
+def test_an_output_inside_its_source_is_passed_over_or_refused_at_once(embedder, tmp_path):
+    folder = make_images(tmp_path / "photos", 3)
+    for _ in range(2): assert embed_images(folder, folder / "a_vectors", embedder).total == 3
+    make_images(folder, 4)
+    report = embed_images(folder, folder / "a_vectors", embedder)
+    assert (report.total, report.reused) == (4, 3)
     pq.write_table(pa.table({"image": [b"x"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValidationError, match="inside the source"): embed_images(tmp_path, tmp_path / "out", embedder)
+    for pattern, out in ((f"{tmp_path}/**/*.parquet", "out"), (f"{tmp_path}/*/*.parquet", "out"), (f"{tmp_path}/{{a,b}}/*.parquet", "b")):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes())
+        with pytest.raises(ValidationError, match="inside the source"): embed_images(pattern, tmp_path / out, embedder)
+        assert not (tmp_path / out).exists()
+    assert embed_images(f"{tmp_path}/*.parquet", tmp_path / "out", embedder).total == 1
 
 
 @pytest.fixture(scope="module")

@@ -278,7 +278,10 @@ def test_samples_of_every_sort(tiny, images, tmp_path):
 
 @pytest.mark.parametrize("change",
                          [{"trials": [{"nonsense": 1}]}, {"trials": None}, {"min_edge": "all"}, {"min_edge": -1},
-                          {"backend": "int4"}, {"reference": None}, {"extra": 1}])
+                          {"backend": "int4"}, {"backend": ["fp32"]}, {"reference": None}, {"extra": 1}, {"reason": 5},
+                          {"device": None}, {"sampled": "64"}, {"images": 1.5}, {"images": True}, {"seconds": "long"},
+                          {"trials": 5}, {"trials": [5]}, {"trials": [{"backend": "fp32"}]},
+                          {"trials": [{**P.Trial("fp32").__dict__, "speed": "fast"}]}])
 def test_a_damaged_receipt_is_refused(change):
     good = P.Receipt("fp32", None, "because", "projected-fp32-0", "cpu", 64, None, 1.).to_dict()
     assert P.Receipt.from_dict(good).backend == "fp32"

@@ -7,7 +7,7 @@ from hypothesis import given, settings, strategies as st
 
 from devsky_nb.embedding.bulk import embed_images
 from devsky_nb.embedding.embedder import CLIPImageEmbedder
-from devsky_nb.errors import ValidationError
+from devsky_nb.errors import FileNotFoundError, ValidationError
 from devsky_nb.demo.garments import Garment, render_garment
 from devsky_nb.embedding import pairs as pairs_module
 from devsky_nb.embedding.pairs import choose_width, Clusters, DisjointSets, look_alikes, principal_axes, projections, similar_pairs
@@ -290,7 +290,7 @@ def test_vectors_that_do_not_belong_together_are_refused(tmp_path, tiny):
 
 
 def test_files_that_are_no_output_are_named(tmp_path):
-    with pytest.raises(ValidationError, match="no Parquet files"): FolderIndex(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="no folder .*none"): FolderIndex(tmp_path / "none")
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": ["a"]}), path)
     with pytest.raises(ValidationError, match="no output of embed_images"): FolderIndex(tmp_path)
