@@ -161,7 +161,7 @@ def count_nothing(n: int) -> None:
 
 def embed_entries(image_set: Any,
                   embedder: CLIPImageEmbedder,
-                  batch_size: int = 32,
+                  batch_size: int | None = None,  # images per run of the model; None: what suits the device
                   progress: bool = False,  # a bar on standard error
                   on_embedded: Callable[[int, Embedded], None] | None = None,  # with the position in the set
                   on_image: Callable[[int, Image.Image], None] | None = None,  # the same, from worker threads
@@ -208,7 +208,7 @@ def validate_image_embeddings(image_set: dict,  # {"images": [{"path" or "image"
                               embedder: CLIPImageEmbedder,
                               validation_threshold: float = 0.8,  # least share of successful images, 0 to 1
                               *,
-                              batch_size: int = 32,
+                              batch_size: int | None = None,  # images per run of the model; None: what suits the device
                               progress: bool = False,  # a bar on standard error
                               ) -> dict:  # total_images, successful, failed, embeddings, errors, metadata, success_rate
     """Embed an image set with a full account; raise below the threshold, with the account.
@@ -221,7 +221,7 @@ def validate_image_embeddings(image_set: dict,  # {"images": [{"path" or "image"
         image_set: {"images": [{"path" or "image", "id", "label", …}], "metadata"}
         embedder: CLIPImageEmbedder
         validation_threshold: least share of successful images, 0 to 1
-        batch_size: int
+        batch_size: images per run of the model; None: what suits the device
         progress: a bar on standard error
 
     Returns:

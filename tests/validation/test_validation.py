@@ -1,6 +1,7 @@
 "Validation beyond its lesson: every kind of bad entry, the sum of the account, hostile text in reports, memory, contracts."
 import gc, io, json, os, pickle, tracemalloc
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
@@ -13,9 +14,9 @@ from devsky_nb.errors import ValidationError
 from devsky_nb.demo.catalogue import write_catalogue
 from devsky_nb.demo.garments import Garment, render_garment
 from devsky_nb.validation.account import Embeddings, embed_entries, validate_image_embeddings
-from devsky_nb.validation.checks import MAX_DIFFERENCE, MIN_COSINE, near_pairs
+from devsky_nb.validation.copies import MAX_DIFFERENCE, MIN_COSINE, near_pairs
 from devsky_nb.validation.contract import ImageSetContract
-from devsky_nb.validation.report import check_image_set, json_data, one_line
+from devsky_nb.validation.report import REMEDIES, check_image_set, json_data, one_line
 
 SCRIPT = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
 
@@ -294,35 +295,6 @@ def test_reports_are_written_whole_or_not_at_all(tiny, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "new"]
 
 
-@pytest.mark.parametrize("text, says", [
-    ("min_sise: 3", "unknown key 'min_sise', did you mean 'min_size'?"), ("- a", "not a list"), ("", "not a NoneType"),
-    ("a: [", "not readable as YAML"),
-    ("min_size: big", "min_size='big'"), ("min_size: true", "min_size=True"), ("min_size: 0", "at least 1"),
-    ("max_size: 2.5", "max_size=2.5"),
-    ("min_size: 9\nmax_size: 8", "more than max_size=8"), ("formats: [JPG, HEIC]", "'HEIC' is not a format"),
-    ("formats: [jpge]", "did you mean 'JPEG'?"),
-    ("labels: coat", "list of words"), ("labels: []", "list of words"), ("labels: [1]", "list of words"),
-    ("required_fields: {a: b}", "list of words"),
-    ("max_failures: 5", "max_failures=5"), ("max_duplicates: -0.1", "from 0 to 1"), ("max_label_disagreement: .nan", "from 0 to 1"),
-    ("min_success: null", "min_success=None"),
-    ("1: 2", "unknown key 1"), ("? [a, b]\n: 1", "not readable as YAML"),
-    ("!!python/object/apply:os.system ['true']", "not readable as YAML"),
-    ("a: 2024-99-99", "not readable as YAML"), ("[" * 5000, "not readable as YAML"), ("\x00", "not readable as YAML")])
-def test_a_wrong_contract_names_the_file_and_the_key(tmp_path, text, says):
-    file = tmp_path / "contract.yaml"
-    file.write_text(text, encoding="utf-8")
-    with pytest.raises(ValidationError) as caught: ImageSetContract.from_yaml(file)
-    assert "contract.yaml" in str(caught.value) and says in str(caught.value), str(caught.value)
-    assert caught.value.details["path"] == str(file)
-
-
-def test_an_unreadable_contract_names_the_file(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    (tmp_path / "latin").write_bytes(b"labels: [caf\xe9]")
-    for name, says in (("none.yaml", "no such file"), (".", "a directory"), ("pipe", "a pipe"), ("latin", "not readable as YAML")):
-        with pytest.raises(ValidationError, match=says): ImageSetContract.from_yaml(tmp_path / name)
-
-
 def test_each_clause_can_hold_and_break(tiny):
     images = [{"image": saved(make_image(1, 96)), "id": "a", "label": "dress"},
               {"image": saved(make_image(1, 96)), "id": "b", "label": "dress"},
@@ -414,3 +386,35 @@ def test_what_is_no_contract_is_said(contract, catalogue, tiny):
 @pytest.mark.parametrize("image_set", [None, 5, iter(["a.jpg"])])
 def test_check_image_set_says_all_that_it_takes(image_set, tiny):
     with pytest.raises(ValidationError, match="a list of paths or entries, or a folder"): check_image_set(image_set, tiny)
+
+
+def test_what_was_left_out_of_a_folder_is_in_every_report(tiny, tmp_path):
+    (tmp_path / "set").mkdir()
+    make_image().save(tmp_path / "set" / "a.png")
+    (tmp_path / "set" / f"{'<b>x'}.tar.gz").write_bytes(b"\x1f\x8b")
+    (tmp_path / "set" / "notes.txt").write_text("no image", encoding="utf-8")
+    report = check_image_set(tmp_path / "set", tiny)
+    assert {Path(path).name for path, _ in report.left_out} == {"<b>x.tar.gz", "notes.txt"} and sum(report.left_out_counts.values()) == 2
+    console = Console(file=io.StringIO(), width=200)
+    report.print(console)
+    page = report.to_html(tmp_path / "r.html").read_text(encoding="utf-8")
+    data = json.loads(report.to_json(tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert {Path(one["path"]).name for one in data["left_out"]} == {"<b>x.tar.gz", "notes.txt"}
+    assert data["left_out_counts"] == report.left_out_counts
+    for shown in (console.file.getvalue(), repr(report), report._repr_html_(), page): assert "notes.txt" in shown and "left out" in shown.lower()
+    assert "<b>x" not in page and "<b>x" not in report._repr_html_()
+
+
+@pytest.mark.parametrize("left_out, counts", [([1], {}), ("a", "b"), ([("a", "b")], {}), ([("a", "b")], {"b": "x"}), (None, {"b": 1}), ({}, []), ([["a"]], {"a": 1})])
+def test_a_set_may_have_anything_under_that_name(tiny, left_out, counts, tmp_path):
+    report = check_image_set({"images": [{"image": make_image()}], "left_out": left_out, "left_out_counts": counts}, tiny)
+    report.to_html(tmp_path / "r.html")
+    assert report.left_out == [] and json.dumps(report.to_dict())
+
+
+def test_every_reason_of_a_failure_has_a_remedy():
+    import re
+    from devsky_nb import images
+    sources = [file.read_text(encoding="utf-8") for file in Path(images.__path__[0]).glob("*.py")]
+    reasons = {reason for text in sources for reason in re.findall(r'load_error\(\s*"([a-z-]+)"', text)}
+    assert "aspect-ratio" in reasons and reasons - set(REMEDIES) <= {"bad-min-edge"}, "an argument's name is no image's fault"
