@@ -7,7 +7,9 @@ __all__ = []
 
 # %% ../../nbs/diffusion/07_arguments.ipynb #fdead6a1
 import copy, secrets, threading
+from collections.abc import Iterable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
@@ -42,6 +44,30 @@ def check_guidance(value: object, negative_prompt: str | None) -> float:  # `val
                               "guidance off: raise it above 1, or leave the negative prompt out",
                               details={"guidance_scale": scale, "negative_prompt": negative_prompt[:100]})
     return scale
+
+# %% ../../nbs/diffusion/07_arguments.ipynb #11a00006
+INSTEAD = {"generator": "seed=, which is kept in the image", "latents": "seed=, which is kept in the image",
+           "num_images_per_prompt": "generate_batch([prompt] * n, seeds=[...])",
+           "batch_size": "generate_batch, which draws several at a time", "seeds": "seed=", "seed": "seeds=, a list",
+           "steps": "num_inference_steps=", "num_steps": "num_inference_steps=", "cfg_scale": "guidance_scale=",
+           "guidance": "guidance_scale=", "size": "width= and height=", "callback_on_step_end": "callback=",
+           "callback_steps": "preview_every=", "scheduler": "generator.scheduler = ..., before the call",
+           "output_type": "numpy.asarray(image), since the result is a PIL image",
+           "prompt_2": "prompt=, which both text encoders read",
+           "negative_prompt_2": "negative_prompt=, which both text encoders read",
+           "image": "diffusers' image-to-image pipelines: this one draws from texts",
+           "strength": "diffusers' image-to-image pipelines: this one draws from texts"}
+
+def refuse_unknown(given: dict[str, object],  # keywords that the call does not know
+                   known: Iterable[str],  # those that it knows
+                   ) -> None:
+    "Refuse keywords, with what was meant."
+    for name in given:
+        details = {"argument": name, "known": list(known)}
+        if name in INSTEAD: raise ValidationError(f"there is no {name}= here: use {INSTEAD[name]}", details=details)
+        near = get_close_matches(name, details["known"], n=1)
+        hint = f"did you mean {near[0]}=?" if near else f"there are {', '.join(details['known'])}"
+        raise ValidationError(f"there is no {name}= here: {hint}", details=details)
 
 # %% ../../nbs/diffusion/07_arguments.ipynb #b58c1e0a
 _COPIES: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PreTrainedTokenizerBase]]" = WeakKeyDictionary()

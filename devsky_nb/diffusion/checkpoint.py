@@ -6,39 +6,37 @@
 __all__ = ['save_quantized', 'load_quantized']
 
 # %% ../../nbs/diffusion/04_checkpoint.ipynb #4750d48e
-import hashlib, json, logging, os, shutil, tempfile, time
+import builtins, hashlib, json, logging, os, shutil, stat, tempfile, time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from datetime import datetime, UTC
 from importlib.metadata import version
+from math import ceil, prod
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from .._core import format_bytes, read_json, require, sync
-from ..device import check_device, is_out_of_memory, memory_info, release_traceback
-from .load import load_failure, LoadReport, PartReport, protect, LoadRequest
-from .networks import accept_half, load_on_cpu, repacked
-from .quantization import config_settings, crashing_layers, repacks
-from ..errors import InsufficientMemoryError, MLError, ModelLoadError, ValidationError
+from .._core import format_bytes, is_integer, read_json, require, sync
+from ..device import check_device, dtype_name, is_out_of_memory, release_traceback
+from .load import (bring, check_pipeline_dtype, load_failure, LoadReport, LoadRequest, PartReport,
+                   protect, room_for, send_away, tensor_shapes)
+from .networks import keep_format, is_cuda, load_on_cpu, load_packed, repacked, stored_vae
+from .quantization import config_settings, crashing_layers, quantized_layers, repacks
+from ..errors import (DevSkyyError, FileNotFoundError, InsufficientMemoryError, MLError, ModelLoadError,
+                      ValidationError)
 from ..hub.cache import MANIFEST
+from ..hub.configs import check_configs
 from ..hub.load import load_part, load_pipeline, part_class, quiet
 from ..hub.settings import quantized_cache
-from ..hub.weights import weight_files, weight_folders
+from ..hub.weights import folder_fingerprint, model_bytes, network_files, weight_files, weight_folders
+from ..memory.estimate import DTYPE_NAMES, VAE_MODES
 
 if TYPE_CHECKING:
     import torch
     from diffusers import StableDiffusionXLPipeline
 
 # %% ../../nbs/diffusion/04_checkpoint.ipynb #44443e34
-def source_key(request: LoadRequest) -> object:  # a commit; of a local folder, names, sizes and times
-    "What identifies the files that are quantized."
-    if request.revision is not None: return request.revision
-    key = []
-    for file in sorted(file for file in request.folder.rglob("*") if file.is_file()):
-        about = file.stat()
-        key.append((file.relative_to(request.folder).as_posix(), about.st_size, about.st_mtime_ns))
-    return key
+FORMAT = 2  # of a checkpoint's manifest
 
 def library_versions() -> dict[str, str]:
     "The libraries that decide what a quantized network looks like."
@@ -47,8 +45,10 @@ def library_versions() -> dict[str, str]:
 def checkpoint_folder(request: LoadRequest) -> Path:
     "Where this request's quantized weights are kept."
     kind = request.device.partition(":")[0]
-    what = [source_key(request), request.settings, str(request.dtype), request.vae, request.vae_folder.name]
-    where = [kind, kind == "cpu" and repacks(), library_versions()]
+    contents = [folder_fingerprint(folder, request.cache_dir) for folder in (request.folder, request.vae_folder)]
+    what = [contents, request.revision, request.vae_folder.name, request.settings, str(request.dtype), request.vae,
+            request.decodes]
+    where = [kind, kind == "cpu" and repacks(), library_versions(), FORMAT]
     key = hashlib.sha256(json.dumps([what, where], sort_keys=True, default=str).encode()).hexdigest()[:16]
     return quantized_cache(request.cache_dir) / f"{request.model.replace('/', '--')}-{request.label}-{key}"
 
@@ -77,20 +77,24 @@ def clear_partial(folder: Path,
         if time.time() - path.stat().st_mtime > age: shutil.rmtree(path, ignore_errors=True)
 
 # %% ../../nbs/diffusion/04_checkpoint.ipynb #2853fa4e
-FORMAT = 2  # of the manifest
+def list_files(folder: Path) -> dict[str, Path]:  # by relative name
+    "Everything in a folder that is no folder; one that cannot be looked into is an error, not an empty one."
+    def refuse(error: OSError) -> None: raise error
+    found = [Path(place, name) for place, _, names in os.walk(folder, onerror=refuse) for name in names]
+    return {path.relative_to(folder).as_posix(): path for path in sorted(found) if path.name != MANIFEST}
 
-def list_files(folder: Path) -> dict[str, list]:  # relative name: bytes, sha256
-    "What a folder holds, with checksums."
-    listing = {}
-    for path in sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST):
-        with path.open("rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
-        listing[path.relative_to(folder).as_posix()] = [path.stat().st_size, digest]
-    return listing
+def describe_file(path: Path) -> list:  # bytes, sha256
+    "What the manifest says of a file."
+    try: about = path.stat()
+    except builtins.FileNotFoundError: return [0, "a link that leads nowhere"]
+    if not stat.S_ISREG(about.st_mode): return [0, "no regular file"]
+    with path.open("rb") as f: digest = hashlib.file_digest(f, "sha256").hexdigest()
+    return [about.st_size, digest]
 
 def make_manifest(pipeline: "StableDiffusionXLPipeline", folder: Path) -> dict:
     "The description of a folder that holds a quantized pipeline."
     report = pipeline.load_report
-    files = list_files(folder)
+    files = {name: describe_file(path) for name, path in list_files(folder).items()}
     quantized = [part.name for part in report.parts if part.layers]
     settings = {name: config_settings(getattr(pipeline, name).config.quantization_config) for name in quantized}
     return {"format": FORMAT, "model": report.model, "commit": report.revision, "label": report.label,
@@ -113,27 +117,100 @@ def write_checkpoint(pipeline: "StableDiffusionXLPipeline", folder: Path) -> Non
 class DamagedCheckpoint(ModelLoadError):
     "A folder of quantized weights is not as it was written."
 
-def damaged(folder: Path, files: list[str]) -> DamagedCheckpoint:
+def damaged(folder: Path, problems: dict[str, str]) -> DamagedCheckpoint:  # what is wrong, by file
     "The error for a folder some of whose files have changed."
-    return DamagedCheckpoint(f"{folder} is damaged: {files[0]} is not as it was written. Delete the folder and "
-                             "quantize again", details={"folder": str(folder), "files": files})
+    name, problem = next(iter(problems.items()))
+    return DamagedCheckpoint(f"{folder} is damaged: {name} is not as it was written ({problem}). Delete the folder and "
+                             "quantize again",
+                             details={"folder": str(folder), "files": list(problems), "problem": problem})
+
+def file_problems(folder: Path, listed: dict) -> dict[str, str]:  # empty: every byte is as written
+    "What is wrong with the files of a checkpoint."
+    found = list_files(folder)
+    problems = {name: "it is missing" for name in listed if name not in found}
+    problems |= {name: "nobody has written it" for name in found if name not in listed}
+    for name, path in found.items():
+        if not problems and describe_file(path) != listed[name]: problems[name] = "its content is another"
+    return problems
+
+# %% ../../nbs/diffusion/04_checkpoint.ipynb #7d8c3adf
+MANIFEST_FIELDS = {"format": int, "model": str, "commit": str | None, "label": str, "dtype": str, "vae": str,
+                   "asked": dict, "parts": list, "files": dict}
+PART_FIELDS = {"name": str, "kind": str, "precision": str, "left_alone": list}
+LARGEST = 2**50  # bytes: more than any model takes
+
+def read_part(entry: object) -> PartReport:
+    "What a manifest says of a network."
+    if not isinstance(entry, dict) or entry.keys() != {field.name for field in fields(PartReport)}:
+        raise ValueError(f"parts: {entry!r:.60} describes no network")
+    for name, kind in PART_FIELDS.items():
+        if not isinstance(entry[name], kind): raise ValueError(f"parts: {name!r} cannot be {entry[name]!r:.60}")
+    for name in ("layers", "bytes_before", "bytes_after"):
+        if not is_integer(entry[name]) or not 0 <= entry[name] < LARGEST:
+            raise ValueError(f"parts: {name!r} cannot be {entry[name]!r:.60}")
+    return PartReport(**entry)
+
+def check_manifest(about: dict,  # its fields are there, and of the right types
+                   names: list[str],  # of the networks in the folder
+                   ) -> list[PartReport]:
+    "Refuse a manifest that makes no sense."
+    allowed: dict[str, list] = {"format": [FORMAT], "dtype": list(DTYPE_NAMES), "vae": ["same", *VAE_MODES]}
+    for name, values in allowed.items():
+        if about[name] in values: continue
+        raise ValueError(f"{name!r} should be {' or '.join(map(str, values))}, found {about[name]!r:.60}")
+    parts = [read_part(entry) for entry in about["parts"]]
+    if sorted(part.name for part in parts) == sorted(names): return parts
+    raise ValueError(f"it describes other networks than {', '.join(names)}")
 
 def read_manifest(folder: Path) -> dict:
     "A checkpoint's description, if every byte of it is as written."
-    try: about = read_json(folder / MANIFEST)
+    try: about = read_json(folder / MANIFEST, MANIFEST_FIELDS)
     except ModelLoadError as e:
-        unreadable = isinstance(e.original_error, OSError) and not isinstance(e.original_error, FileNotFoundError)
-        raise e if unreadable else damaged(folder, [MANIFEST])
-    found = list_files(folder)
-    try:
-        if about["format"] != FORMAT: raise ValueError(f"format {about['format']}")
-        wrong = sorted(name for name in {*about["files"], *found} if about["files"].get(name) != found.get(name))
-        about["parts"] = [PartReport(**part) for part in about["parts"]]
-        about["report"] = {name: about[name] for name in ("model", "label", "dtype", "vae", "asked")}
-        about["report"]["revision"] = about["commit"]
-    except (KeyError, TypeError, ValueError, AttributeError): wrong = [MANIFEST]
-    if wrong: raise damaged(folder, wrong)
+        cause = e.original_error
+        unreadable = isinstance(cause, OSError) and not isinstance(cause, builtins.FileNotFoundError)
+        raise e if unreadable else damaged(folder, {MANIFEST: e.details["problem"]})
+    problems = file_problems(folder, about["files"])
+    if problems: raise damaged(folder, problems)
+    try: about["parts"] = check_manifest(about, [part.name for part in weight_folders(folder)])
+    except ValueError as e: raise damaged(folder, {MANIFEST: str(e)})
+    about["report"] = {name: about[name] for name in ("model", "label", "dtype", "vae", "asked")}
+    about["report"]["revision"] = about["commit"]
     return about
+
+# %% ../../nbs/diffusion/04_checkpoint.ipynb #3c8e2367
+def packed_problem(layer: Any) -> str | None:  # None: there is none
+    "What is wrong with the packed weight of a layer."
+    from bitsandbytes.nn.modules import Linear4bit
+    weight = layer.weight
+    shape = (layer.out_features, layer.in_features)
+    if not isinstance(layer, Linear4bit):
+        fits = tuple(weight.shape) == shape and weight.dtype.itemsize == 1 and weight.SCB.numel() == shape[0]
+        return None if fits else f"int8 weights of shape {tuple(weight.shape)}, and should be {shape}"
+    state = weight.quant_state
+    if tuple(state.shape) != shape: return f"weights of shape {tuple(state.shape)}, and should be {shape}"
+    blocks = ceil(prod(shape) / state.blocksize)
+    sizes = {"packed bytes": (weight.nbytes, ceil(prod(shape) / 2)), "scales": (state.absmax.numel(), blocks)}
+    if state.nested:
+        sizes["scales of scales"] = (state.state2.absmax.numel(), ceil(blocks / state.state2.blocksize))
+    wrong = [f"{found} {what}, and should have {needed}" for what, (found, needed) in sizes.items() if found != needed]
+    return wrong[0] if wrong else None
+
+def network_problem(network: "torch.nn.Module", part: Path) -> str | None:  # None: there is none
+    "What is wrong with a network that was read from a checkpoint."
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    stored = {name for file in network_files(part) for name, _ in tensor_shapes(file)}
+    for name in sorted(stored ^ network.state_dict().keys()):
+        return f"{name} is {'a tensor too many' if name in stored else 'missing'}"
+    for name, layer in network.named_modules():
+        problem = packed_problem(layer) if isinstance(layer, Linear4bit | Linear8bitLt) else None
+        if problem: return f"{name} has {problem}"
+    return None
+
+def check_network(network: "torch.nn.Module", part: Path) -> None:
+    "Refuse a network whose file is not what the layers need."
+    problem = network_problem(network, part)
+    if problem is None: return
+    raise ModelLoadError(f"{part} cannot be read: {problem}. Quantize the model again", details={"folder": str(part)})
 
 # %% ../../nbs/diffusion/04_checkpoint.ipynb #3c8e2368
 def check_runs_here(network: "torch.nn.Module", part: Path) -> None:
@@ -152,31 +229,70 @@ def read_network(part: Path, device: str, dtype: "torch.dtype") -> "torch.nn.Mod
     from diffusers import ModelMixin
     cls: Any = part_class(part)
     quantized = "quantization_config" in read_json(part / "config.json")
-    if quantized and device == "cpu" and issubclass(cls, ModelMixin): network = load_on_cpu(part, dtype, None)
+    if quantized and issubclass(cls, ModelMixin) and not is_cuda(device): network = load_on_cpu(part, dtype, None)
+    elif quantized: network = load_packed(cls, part, dtype, device)
     else: network = load_part(cls, part, dtype)
+    check_network(network, part)
     if device == "cpu": check_runs_here(network, part)
     return network
+
+def check_layers(folder: Path, networks: "dict[str, torch.nn.Module]", parts: list[PartReport]) -> None:
+    "Refuse networks that are not quantized as the manifest says."
+    for part in parts:
+        layers = quantized_layers(networks[part.name])
+        if layers == part.layers: continue
+        raise ModelLoadError(f"{folder}: {part.name} has {layers} quantized layers, and {MANIFEST} says {part.layers}. "
+                             "Quantize the model again", details={"folder": str(folder), "network": part.name})
+
+def compute_in(network: Any, dtype: "torch.dtype") -> None:
+    "Bring what is not quantized to a number format (transformers leaves it as stored); 4-bit layers use it."
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    packed: list[Any] = [layer for layer in network.modules() if isinstance(layer, Linear4bit | Linear8bitLt)]
+    weights = {id(layer.weight) for layer in packed}
+    for tensor in network.parameters():
+        if tensor.is_floating_point() and id(tensor) not in weights: tensor.data = tensor.data.to(dtype)
+    four_bits = [layer for layer in packed if isinstance(layer, Linear4bit)]
+    for layer in four_bits: layer.compute_dtype = dtype
+    if four_bits: network.config.quantization_config.bnb_4bit_compute_dtype = dtype
+
+def part_now(part: PartReport, network: Any) -> PartReport:
+    "The account of a network that is in another number format than it was saved in."
+    precision = part.precision if part.layers else dtype_name(network.dtype)
+    return replace(part, precision=precision, bytes_after=model_bytes(network))
 
 def read_checkpoint(folder: Path,
                     device: str,
                     report: LoadReport,  # filled
                     about: dict | None = None,  # the manifest, if it is checked already
+                    offload: bool = False,  # networks wait in main memory
+                    dtype: "torch.dtype | None" = None,  # None: as it was saved
                     ) -> "StableDiffusionXLPipeline":
     "Load what is quantized already."
     import torch
     about = about or read_manifest(folder)
-    dtype = getattr(torch, about["dtype"])
+    check_configs(folder)
+    saved = getattr(torch, about["dtype"])
+    dtype = dtype or saved
+    report.vae = about["vae"]
+    in_vae = torch.float32 if report.vae == "fp32" else dtype
+    if dtype != saved: report.vae, in_vae = stored_vae(folder / "vae", dtype, "auto")
     networks = {}
     for part in weight_folders(folder):
-        in_float32 = part.name == "vae" and about["vae"] == "fp32"
-        networks[part.name] = read_network(part, device, torch.float32 if in_float32 else dtype)
-        if in_float32: accept_half(networks[part.name])
-        report.bytes_read += sum(file.stat().st_size for file in weight_files(part, dtype))
+        network = read_network(part, device, in_vae if part.name == "vae" else dtype)
+        if dtype != saved and part.name != "vae": compute_in(network, dtype)
+        if part.name == "vae" and not quantized_layers(network): keep_format(network, report.vae)
+        elif offload and quantized_layers(network): send_away(network)
+        networks[part.name] = network
+        report.bytes_read += sum(file.stat().st_size for file in weight_files(part, saved))
+    check_layers(folder, networks, about["parts"])
     report.parts = about["parts"]
-    report.vae = about["vae"]
+    if dtype != saved: report.parts = [part_now(part, networks[part.name]) for part in report.parts]
+    report.dtype = dtype_name(dtype)
     report.checkpoint = str(folder)
     report.from_checkpoint = True
-    return protect(load_pipeline(folder, dtype, **networks).to(device), report)
+    pipeline = load_pipeline(folder, dtype, **networks)
+    bring(pipeline, device, offload)
+    return protect(pipeline, report)
 
 # %% ../../nbs/diffusion/04_checkpoint.ipynb #fcda4792
 def save_quantized(pipeline: "StableDiffusionXLPipeline",  # from one of the loaders
@@ -226,46 +342,80 @@ def copy_checkpoint(source: Path, folder: Path) -> None:
     read_manifest(source)
     with partial_folder(folder) as partial: shutil.copytree(source, partial, dirs_exist_ok=True)
 
+# %% ../../nbs/diffusion/04_checkpoint.ipynb #d1f79f3d
+def check_room(needed: int, device: str) -> None:
+    "Refuse weights of so many bytes, if there is no memory for them."
+    free = room_for(needed, device)
+    if needed <= free: return
+    raise InsufficientMemoryError(f"the weights need {format_bytes(needed)}, and {device} has {format_bytes(free)}",
+                                  details={"needed": needed, "free": free})
+
+def loaded_dtype(about: dict,  # a manifest
+                 device: str,
+                 dtype: object,  # as asked for
+                 ) -> "torch.dtype":
+    "The number format that a checkpoint is loaded in."
+    import torch
+    saved_on = str(about.get("device", device)).partition(":")[0]
+    if dtype is None and saved_on == device.partition(":")[0]: return getattr(torch, about["dtype"])
+    return check_pipeline_dtype(dtype, device)
+
+def room_needed(about: dict, dtype: "torch.dtype") -> int:  # bytes, at most
+    "What a checkpoint takes in a number format."
+    import torch
+    wider = max(1, dtype.itemsize // getattr(torch, about["dtype"]).itemsize)
+    return sum(part.bytes_after * (1 if part.layers else wider) for part in about["parts"])
+
 # %% ../../nbs/diffusion/04_checkpoint.ipynb #d1f79f3e
 def load_quantized(folder: str | Path,  # as `save_quantized` wrote it
                    device: str | None = None,  # None: the best there is
+                   dtype: "torch.dtype | None" = None,  # None: as saved; on another kind of device, what suits that
                    ) -> "StableDiffusionXLPipeline":  # with a `load_report`
     """Load a pipeline that is quantized already, every byte checked.
+
+    What is not quantized, and what 4-bit layers compute in, is `dtype`. A CPU saves float32, in which a GPU would
+    compute slowly: on another kind of device than it was saved on, a checkpoint is loaded in the format that suits.
 
     Args:
         folder: as `save_quantized` wrote it
         device: None: the best there is
+        dtype: None: as saved; on another kind of device, what suits that
 
     Returns:
         with a `load_report`
 
     Raises:
+        FileNotFoundError: there is no such folder.
         ValidationError: the folder is not what `save_quantized` writes, or there is no such device.
-        ModelLoadError: a file is not as it was written, or has layers that this processor would crash on.
+        ModelLoadError: a file is not as it was written, or cannot be loaded, or has layers that this processor would
+            crash on.
         InsufficientMemoryError: the weights do not fit on the device.
         DevSkyyError: diffusers, bitsandbytes or accelerate is not installed.
     """
     require("diffusers", "bitsandbytes", "accelerate")
     folder = Path(folder).expanduser().absolute()
     device = check_device(device)
+    if not os.path.lexists(folder):
+        raise FileNotFoundError(f"no folder {str(folder)!r}", details={"folder": str(folder)})
     if not (folder / MANIFEST).is_file():
         raise ValidationError(f"{folder} is not what save_quantized writes: it has no {MANIFEST}",
                               details={"folder": str(folder)})
     started = time.perf_counter()
-    about = read_manifest(folder)
-    report = LoadReport(**about["report"], device=device)
-    needed = sum(part.bytes_after for part in about["parts"])
-    free = memory_info(device).free
-    if needed > free:
-        message = f"the weights need {format_bytes(needed)}, and {device} has {format_bytes(free)}"
-        raise InsufficientMemoryError(message, details={"needed": needed, "free": free})
     try:
-        with quiet("transformers", "diffusers"): pipeline = read_checkpoint(folder, device, report, about)
+        about = read_manifest(folder)
+        report = LoadReport(**about["report"], device=device)
+        dtype = loaded_dtype(about, device, dtype)
+        check_room(room_needed(about, dtype), device)
+        with quiet("transformers", "diffusers"): pipeline = read_checkpoint(folder, device, report, about, dtype=dtype)
     except Exception as e:
-        if not is_out_of_memory(e): raise
         release_traceback(e)
-        raise InsufficientMemoryError(f"{folder.name} does not fit on {device}: {e}", details={"device": device},
-                                      original_error=e)
+        if isinstance(e, InsufficientMemoryError): raise
+        if is_out_of_memory(e):
+            raise InsufficientMemoryError(f"{folder.name} does not fit on {device}: {e}", details={"device": device},
+                                          original_error=e)
+        if isinstance(e, DevSkyyError): raise
+        raise ModelLoadError(f"{folder} cannot be loaded: {e}. Quantize the model again",
+                             details={"folder": str(folder)}, original_error=e)
     report.seconds = time.perf_counter() - started
     return pipeline
 
@@ -276,8 +426,8 @@ def from_cache(request: LoadRequest, report: LoadReport) -> "StableDiffusionXLPi
     "The checkpoint of this request, if there is a sound one."
     folder = checkpoint_folder(request)
     if not folder.is_dir(): return None
-    try: pipeline = read_checkpoint(folder, request.device, report)
-    except (MLError, OSError, RuntimeError, MemoryError) as e:
+    try: pipeline = read_checkpoint(folder, request.device, report, offload=request.offload)
+    except Exception as e:
         release_traceback(e)
         if is_out_of_memory(e): raise load_failure(e, request, report)
         if isinstance(e, DamagedCheckpoint): shutil.rmtree(folder, ignore_errors=True)
@@ -287,9 +437,20 @@ def from_cache(request: LoadRequest, report: LoadReport) -> "StableDiffusionXLPi
     os.utime(folder / MANIFEST)  # when it was last used
     return pipeline
 
-def to_cache(pipeline: "StableDiffusionXLPipeline", request: LoadRequest) -> None:
+def is_unchanged(request: LoadRequest, folder: Path) -> bool:
+    "Whether the files of a model are still those for which `checkpoint_folder` gave this answer."
+    try: return checkpoint_folder(request) == folder
+    except DevSkyyError: return False
+
+def to_cache(pipeline: "StableDiffusionXLPipeline",
+             request: LoadRequest,
+             folder: Path,  # as `checkpoint_folder` said before the model was read
+             ) -> None:
     "Keep what was quantized; if that cannot be, say so and go on."
-    folder = checkpoint_folder(request)
+    if not is_unchanged(request, folder):
+        pipeline.load_report.warnings.append(f"the files of {request.model} were changed while they were read: "
+                                             "the quantized weights are not kept. Load it again")
+        return
     try: write_checkpoint(pipeline, folder)
     except (OSError, RuntimeError, MemoryError) as e:
         if not (isinstance(e, OSError) or is_out_of_memory(e)): raise

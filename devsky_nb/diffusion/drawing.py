@@ -8,26 +8,30 @@ __all__ = []
 # %% ../../nbs/diffusion/10_drawing.ipynb #10a10003
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
 from ..device import is_out_of_memory, release_traceback
 from .arguments import ImageSettings
+from .networks import back_to_format
 from ..errors import MLError
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+    from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline
     from torch.overrides import TorchFunctionMode
 
 # %% ../../nbs/diffusion/10_drawing.ipynb #10a1005a
-def float32_noise() -> "TorchFunctionMode":  # a context manager
-    "Within it `torch.randn` draws in float32, and rounds to what is asked for."
+@cache
+def _float32_noise() -> "type[TorchFunctionMode]":
     import torch
     from torch.overrides import TorchFunctionMode
 
     class Float32Noise(TorchFunctionMode):
+        "Within it `torch.randn` draws in float32, and rounds to what is asked for."
         def __torch_function__(self, function: Callable, types: object, args: tuple = (),
                                kwargs: dict | None = None) -> Any:
             options = dict(kwargs or {})
@@ -36,7 +40,31 @@ def float32_noise() -> "TorchFunctionMode":  # a context manager
                 return function(*args, **options)
             return torch.randn(*args, **options | {"dtype": torch.float32}).to(dtype)
 
-    return Float32Noise()
+    return Float32Noise
+
+def float32_noise() -> "TorchFunctionMode":  # a context manager
+    "Draw noise in float32, whatever is asked for."
+    return _float32_noise()()
+
+# %% ../../nbs/diffusion/10_drawing.ipynb #10a1005d
+@contextmanager
+def noise_in_float32(pipeline: "DiffusionPipeline") -> Iterator[None]:
+    "Have a pipeline draw its noise in float32, at the start and in the scheduler's steps."
+    places = [(pipeline, "prepare_latents"), (pipeline.scheduler, "step")]
+    before = [vars(owner).get(name) for owner, name in places]
+
+    def drawing(method: Callable) -> Callable:
+        @wraps(method)
+        def drawn(*args: Any, **kwargs: Any) -> Any:
+            with float32_noise(): return method(*args, **kwargs)
+        return drawn
+
+    for owner, name in places: setattr(owner, name, drawing(getattr(owner, name)))
+    try: yield
+    finally:
+        for (owner, name), own in zip(places, before):
+            delattr(owner, name)
+            if own is not None: setattr(owner, name, own)
 
 # %% ../../nbs/diffusion/10_drawing.ipynb #10a10006
 def check_finite(values: "torch.Tensor",
@@ -58,7 +86,7 @@ def denoise(pipeline: "StableDiffusionXLPipeline",
         return {}
     common = batch[0]
     negative = None if common.negative_prompt is None else [common.negative_prompt] * len(batch)
-    with float32_noise():
+    with noise_in_float32(pipeline):
         latents = pipeline(
             [settings.prompt for settings in batch], negative_prompt=negative, width=common.width, height=common.height,
             num_inference_steps=common.num_inference_steps, guidance_scale=common.guidance_scale,
@@ -83,10 +111,13 @@ def decode(pipeline: "StableDiffusionXLPipeline",
     vae = pipeline.vae
     stored = vae.dtype
     upcast = stored == torch.float16 and vae.config.force_upcast
-    if upcast: vae.to(torch.float32)
-    try: pixels = vae.decode(unscaled(latents.to(vae.dtype), vae), return_dict=False)[0]
-    finally:
-        if upcast: vae.to(stored)
+    try:
+        if upcast: torch.nn.Module.to(vae, torch.float32)
+        pixels = vae.decode(unscaled(latents.to(vae.dtype), vae), return_dict=False)[0]
+        if upcast: torch.nn.Module.to(vae, stored)
+    except BaseException as e:
+        if upcast: back_to_format(vae, stored, e)
+        raise
     check_finite(pixels, "the VAE")
     if pipeline.watermark is not None: pixels = pipeline.watermark.apply_watermark(pixels)
     return pipeline.image_processor.postprocess(pixels, output_type="pil")

@@ -8,6 +8,7 @@ __all__ = ['QuantizedSDXLGenerator']
 # %% ../../nbs/diffusion/12_generation.ipynb #a9332aa9
 import logging, threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -15,15 +16,16 @@ from typing import Any, TYPE_CHECKING
 
 from .._core import check_count, check_flag, html_table, parse_bytes
 from ..device import check_device, dtype_name, is_out_of_memory, release_memory, release_traceback
-from .arguments import ImageSettings, make_settings, own_size
+from .arguments import ImageSettings, make_settings, own_size, refuse_unknown
 from .drawing import decode, denoise, step_down, T, tile_sides, use_tiles
-from .load import check_memory, check_pipeline_dtype, folder_identity, weight_bytes
+from .load import check_memory, check_pipeline_dtype, find_pipeline, folder_identity, weight_bytes
 from .metadata import GeneratedImage, with_settings
 from .networks import stored_vae
 from .progress import Callback, GenerationCancelled, Progress
 from .quantization import bnb_settings, PARTS, settings_label
 from .sdxl import load_sdxl, load_sdxl_pipeline_with_quantization_v1, refuse_mistaken
-from .turns import go_back, is_offloaded, keep_state, place_networks, turns_of, undisturbed
+from .turns import (go_back, is_offloaded, keep_state, offload_of, place_networks, turns_of,
+                    undisturbed)
 from ..errors import InsufficientMemoryError, MLError, ModelLoadError, ValidationError
 from ..hub.registry import Lease, ModelRegistry, registry_for
 from ..hub.weights import folder_fingerprint
@@ -57,12 +59,22 @@ def model_identity(folder: Path) -> dict[str, str | None]:  # "model", "revision
 def pipeline_form(label: str,  # "nf4-dq", "int8"…; "": not quantized
                   vae: str,  # one of `VAE_MODES`
                   mode: str,  # how the VAE decodes
+                  offload: bool = False,
                   ) -> str:  # "": as the registry itself loads it
     "What sets a pipeline apart from others of the same weights and number format."
     form = [label] if label else []
+    if offload: form.append("offloaded")
     if vae == "fp16-fix": form.append("vae=fp16-fix")
     elif mode == "fp32": form.append("vae=fp32")
     return ",".join(form)
+
+@contextmanager
+def given_back_unless_done(lease: Lease | None) -> Iterator[None]:
+    "Give a lease back if what it was taken for fails, however long somebody keeps the error."
+    try: yield
+    except BaseException:
+        if lease is not None: lease.release()
+        raise
 
 def lease_pipeline(model_id: str | Path,
                    registry: ModelRegistry,
@@ -74,33 +86,37 @@ def lease_pipeline(model_id: str | Path,
                    fallback: bool,
                    quantize_once: bool,
                    budget: int | str | None,
+                   low_memory: bool = False,  # on a GPU, networks wait in main memory from the start
                    ) -> Lease:
     "A pipeline that is shared with everybody who asks the registry for the same."
     device = check_device(registry.device if device is None else device)
     dtype = check_pipeline_dtype(dtype, device)
-    folder = registry.locate(model_id, revision=revision)
+    folder = find_pipeline(model_id, registry, revision)
     mode, _ = stored_vae(folder / "vae", dtype, vae)
     label = settings_label(bnb_settings(*bits)) if bits else ""
-    form = pipeline_form(label, vae, mode)
+    offload = low_memory and can_offload(device)
+    form = pipeline_form(label, vae, mode, offload)
     labels = dict.fromkeys(PARTS, label) if bits else {}
-    if budget is not None: check_memory(folder, dtype, labels, device, parse_bytes(budget))
+    if budget is not None: check_memory(folder, dtype, labels, device, parse_bytes(budget), vae, offload)
 
     def load(folder: Path, device: str, dtype: "torch.dtype") -> "StableDiffusionXLPipeline":
         options: dict[str, Any] = {"dtype": dtype, "vae": vae, "registry": registry, "fallback": fallback,
                                    "quantize_once": quantize_once}
-        if not bits: return load_sdxl(folder, device, **options)
+        if not bits: return load_sdxl(folder, device, offload=offload, **options)
         use_4bit, double_quant = bits
+        if offload:  # network by network: pattern 1 has all of them on the GPU first
+            settings = dict.fromkeys(PARTS, bnb_settings(use_4bit, double_quant, compute_dtype=dtype))
+            return load_sdxl(folder, device, quantize=settings, offload=True, **options)
         return load_sdxl_pipeline_with_quantization_v1(folder, use_4bit, device, double_quant=double_quant, **options)
 
     lease = registry.lease(model_id, revision=revision, device=device, dtype=dtype, form=form,
-                           load=load if form else None, needed=weight_bytes(folder, dtype, labels))
-    if turns_of(lease.model).kept is None: keep_state(lease.model)
-    fell_back = getattr(getattr(lease.model, "load_report", None), "fallback", None)
-    if fell_back and not fallback:
-        lease.release()
+                           load=load if form else None, needed=weight_bytes(folder, dtype, labels, vae, offload))
+    with given_back_unless_done(lease):
+        if turns_of(lease.model).kept is None: keep_state(lease.model)
+        fell_back = getattr(getattr(lease.model, "load_report", None), "fallback", None)
+        if not fell_back or fallback: return lease
         raise ModelLoadError(f"{model_id} cannot be quantized: {fell_back}. fallback=True takes it as it is",
                              details={"model": str(model_id), "label": label})
-    return lease
 
 # %% ../../nbs/diffusion/12_generation.ipynb #00a1769a
 class QuantizedSDXLGenerator:
@@ -116,7 +132,7 @@ class QuantizedSDXLGenerator:
         use_4bit: False: 8 bits
         device: None: the registry's, usually the best there is
         double_quant: quantize the 4-bit scales too
-        low_memory: decode in tiles from the start; on an accelerator, offload too
+        low_memory: decode in tiles from the start; on a CUDA GPU, offload too
         allow_step_down: the same when memory runs out
         pipeline: loaded already, instead of a model's name
         dtype: None: as `default_dtype(device)` says
@@ -144,7 +160,7 @@ class QuantizedSDXLGenerator:
                  device: str | None = None,  # None: the registry's, usually the best there is
                  *,
                  double_quant: bool = True,  # quantize the 4-bit scales too
-                 low_memory: bool = False,  # decode in tiles from the start; on an accelerator, offload too
+                 low_memory: bool = False,  # decode in tiles from the start; on a CUDA GPU, offload too
                  allow_step_down: bool = True,  # the same when memory runs out
                  pipeline: "StableDiffusionXLPipeline | None" = None,  # loaded already, instead of a model's name
                  dtype: "torch.dtype | None" = None,  # None: as `default_dtype(device)` says
@@ -170,25 +186,25 @@ class QuantizedSDXLGenerator:
         if pipeline is None:
             bits = (use_4bit, double_quant) if use_quantization else None
             source = registry_for(registry, cache_dir, offline)
-            lease = lease_pipeline(model_id, source, revision, device, dtype, bits, vae, fallback, quantize_once,
-                                   budget)
-            self._take_lease(model_id, lease)
+            self._lease = lease_pipeline(model_id, source, revision, device, dtype, bits, vae, fallback, quantize_once,
+                                         budget, low_memory)
         else:
             refuse_loading(dtype=dtype, budget=budget, cache_dir=cache_dir, offline=offline, registry=registry,
                            revision=revision, vae=None if vae == "auto" else vae)
-            self._adopt(pipeline, device)
-        self.label = precision_label(self.pipeline.unet)
-        self.use_quantization = self.label == "int8" or self.label in FOUR_BITS
-        self.use_4bit = self.label in FOUR_BITS
-        self._turns = turns_of(self.pipeline)
-        self._offload = is_offloaded(self.pipeline) if pipeline is not None else False
-        if low_memory and can_offload(self.device): self._offload = True
+        with given_back_unless_done(self._lease):
+            if self._lease is not None: self._take_lease(model_id, self._lease)
+            else: self._adopt(pipeline, device)
+            self.label = precision_label(self.pipeline.unet)
+            self.use_quantization = self.label == "int8" or self.label in FOUR_BITS
+            self.use_4bit = self.label in FOUR_BITS
+            self._turns = turns_of(self.pipeline)
+            self._offload = is_offloaded(self.pipeline) if pipeline is not None else False
+            if low_memory and self._may_offload(): self._offload = True
 
     # %% ../../nbs/diffusion/12_generation.ipynb #161727c0
     def _take_lease(self, model_id: str | Path, lease: Lease) -> None:
         "Use a pipeline of the registry, which has it back when this generator is closed or forgotten."
         self.model_id: str | Path | None = model_id
-        self._lease = lease
         self.pipeline = lease.model
         self.device = device_of(lease.model)
         self.identity = model_identity(lease.folder)
@@ -218,9 +234,13 @@ class QuantizedSDXLGenerator:
         raise MLError("this generator is closed: make a new one", details={"model": self.identity["model"]})
 
     # %% ../../nbs/diffusion/12_generation.ipynb #f43bbad0
+    def _may_offload(self) -> bool:
+        "Whether networks can wait in main memory, and do not wait there layer by layer already."
+        return can_offload(self.device) and offload_of(self._open()) in (None, "model")
+
     def _offload_steps(self) -> Iterator[str]:
         "Keep networks in main memory, if there is another one to bring them to."
-        if self._offload or not can_offload(self.device): return
+        if self._offload or not self._may_offload(): return
         self._offload = True
         place_networks(self._open(), self.device, offload=True)
         yield "model offload"
@@ -272,7 +292,7 @@ class QuantizedSDXLGenerator:
         if not is_out_of_memory(error):
             return MLError(f"{what}: {stage} failed: {error}", details=details, original_error=error)
         tried = f"tried {', '.join(taken)}" if taken else "there is nothing to step down to"
-        if not can_offload(self.device): tried += "; on a CPU there is no other memory to offload to"
+        if not can_offload(self.device): tried += f"; on {self.device} there is no other memory to offload to"
         if not self.allow_step_down: tried = "allow_step_down is False"
         message = f"{what}: out of memory while {stage} ({tried}). A smaller size, a smaller batch or fewer bits would help"
         return InsufficientMemoryError(message, details=details, original_error=error)
@@ -341,7 +361,7 @@ class QuantizedSDXLGenerator:
         begun = progress.done
         taken: list[str] = []
         go_back(pipeline)
-        with torch.inference_mode(), undisturbed(pipeline, self.scheduler):
+        with torch.no_grad(), undisturbed(pipeline, self.scheduler):
             self._stage("placing networks", lambda: place_networks(pipeline, self.device, self._offload),
                         self._offload_steps(), batch, taken, progress)
             decode_steps = self._decode_steps(len(batch), batch[0].width, batch[0].height)
@@ -399,6 +419,7 @@ class QuantizedSDXLGenerator:
                         callback: Callback | None = None,  # gets steps done, steps in all, previews by index
                         preview_every: int | None = None,  # steps
                         cancel: "threading.Event | Callable[[], bool] | None" = None,  # what can say "stop"
+                        **mistaken: Any,  # keywords of other libraries: refused with what to use instead
                         ) -> Iterator[GeneratedImage]:  # in the order of the prompts
         """Draw many images, each handed out as soon as it is there.
 
@@ -418,6 +439,7 @@ class QuantizedSDXLGenerator:
             callback: gets steps done, steps in all, previews by index
             preview_every: steps
             cancel: what can say "stop"
+            **mistaken: keywords of other libraries: refused with what to use instead
 
         Returns:
             in the order of the prompts
@@ -428,6 +450,7 @@ class QuantizedSDXLGenerator:
             InsufficientMemoryError: memory ran out, and there was nothing left to step down to.
             MLError: drawing failed, or the generator is closed.
         """
+        refuse_unknown(mistaken, BATCH_OPTIONS)
         settings = {"negative_prompt": negative_prompt, "num_inference_steps": num_inference_steps,
                     "guidance_scale": guidance_scale, "width": width, "height": height}
         jobs = self._jobs(prompts, seeds, settings)
@@ -449,6 +472,7 @@ class QuantizedSDXLGenerator:
                  callback: Callback | None = None,  # gets steps done, steps in all, previews by index
                  preview_every: int | None = None,  # steps
                  cancel: "threading.Event | Callable[[], bool] | None" = None,  # what can say "stop"
+                 **mistaken: Any,  # keywords of other libraries: refused with what to use instead
                  ) -> GeneratedImage:
         """Draw one image; its `info` has all that it was made from, and `save` writes that into a PNG.
 
@@ -464,6 +488,7 @@ class QuantizedSDXLGenerator:
             callback: gets steps done, steps in all, previews by index
             preview_every: steps
             cancel: what can say "stop"
+            **mistaken: keywords of other libraries: refused with what to use instead
 
         Raises:
             ValidationError: an argument is wrong, or the prompt is longer than the model reads.
@@ -471,6 +496,7 @@ class QuantizedSDXLGenerator:
             InsufficientMemoryError: memory ran out, and there was nothing left to step down to.
             MLError: drawing failed, or the generator is closed.
         """
+        refuse_unknown(mistaken, IMAGE_OPTIONS)
         job = make_settings(self._open(), prompt, negative_prompt, num_inference_steps, guidance_scale, width, height,
                             seed)
         watched = Progress(job.num_inference_steps, progress, callback, preview_every, cancel)
@@ -531,6 +557,11 @@ class QuantizedSDXLGenerator:
     def __enter__(self) -> "QuantizedSDXLGenerator": return self
     def __exit__(self, *error: object) -> None: self.close()
 
+    def __reduce__(self) -> tuple:
+        raise MLError("a generator cannot be pickled or copied, since it holds locks and the lease of its pipeline: make "
+                      "another with the same arguments. Where the registry is the same, they share the networks",
+                      details={"model": self.identity["model"]})
+
 # %% ../../nbs/diffusion/12_generation.ipynb #161727c0
 def refuse_loading(**options: object) -> None:  # None: not given
     "Refuse options of a loader for a pipeline that is loaded already."
@@ -540,12 +571,12 @@ def refuse_loading(**options: object) -> None:  # None: not given
                           details={"options": given})
 
 def can_offload(device: str) -> bool:
-    "Whether there is another memory than the device's own."
-    return device.partition(":")[0] != "cpu"
+    "Whether there is another memory than the device's own; Apple's GPUs compute in the main memory."
+    return device.startswith("cuda")
 
 def device_of(pipeline: "StableDiffusionXLPipeline") -> str:
     "Where a pipeline computes, wherever its networks wait."
-    return check_device(pipeline._execution_device if is_offloaded(pipeline) else pipeline.device)
+    return check_device(pipeline._execution_device)
 
 # %% ../../nbs/diffusion/12_generation.ipynb #73ee87dc
 def first_tiles(steps: Iterator[str]) -> list[str]:  # empty: the image is too small for tiles
@@ -553,3 +584,10 @@ def first_tiles(steps: Iterator[str]) -> list[str]:  # empty: the image is too s
     for step in steps:
         if "tiles" in step: return [step]
     return []
+
+# %% ../../nbs/diffusion/12_generation.ipynb #38c24224
+WATCHING = ("progress", "callback", "preview_every", "cancel")
+IMAGE_OPTIONS = ("prompt", "negative_prompt", "num_inference_steps", "guidance_scale", "width", "height", "seed",
+                 *WATCHING)
+BATCH_OPTIONS = ("prompts", "seeds", "batch_size", "negative_prompt", "num_inference_steps", "guidance_scale", "width",
+                 "height", *WATCHING)

@@ -7,25 +7,26 @@ __all__ = []
 
 # %% ../../nbs/diffusion/03_load.ipynb #c70a4f6f
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 from .._core import format_bytes, format_count, html_table
 from ..device import (check_device, default_dtype, dtype_name, is_out_of_memory, memory_info,
-                      release_traceback)
-from .networks import guard, load_network, load_vae, stored_vae, vae_mode
-from .quantization import (check_parts, check_settings, hush_casts, PARTS, quantized_layers,
-                           settings_label)
+                      release_memory, release_traceback)
+from .networks import as_current, check_vae, guard, is_cuda, load_network, load_vae, stored_vae
+from .quantization import (check_parts, check_settings, hush_casts, keep_whole, PARTS,
+                           quantized_layers, settings_label)
 from ..errors import InsufficientMemoryError, MLError, ModelLoadError, ValidationError
-from ..hub.cache import MANIFEST
-from ..hub.load import load_pipeline
+from ..hub.load import check_sdxl, load_pipeline, refuse_quantized
+from ..hub.locate import wanting
 from ..hub.pins import repo_name
 from ..hub.registry import ModelRegistry
 from ..hub.weights import model_bytes, packed_bytes, weight_files, weight_folders, weights_variant
-from ..memory.estimate import estimate_vram
+from ..memory.estimate import DTYPE_NAMES, estimate_vram
 from ..memory.plan import FIXED_VAE
 
 if TYPE_CHECKING:
@@ -113,26 +114,44 @@ def tensor_shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:  # name 
     with safe_open(file, framework="np") as f:
         for name in f.keys(): yield name, tuple(f.get_slice(name).get_shape())
 
-def weight_bytes(folder: Path,
-                 dtype: "torch.dtype",
-                 labels: dict[str, str] | None = None,  # by network; those that are not there stay in `dtype`
-                 ) -> int:
-    "What a pipeline's weights will take, as the headers of its files say."
-    total = 0
+def network_sizes(folder: Path,
+                  dtype: "torch.dtype",
+                  labels: dict[str, str] | None = None,  # by network; those that are not there stay in `dtype`
+                  vae: str = "auto",  # one of `VAE_MODES`
+                  ) -> dict[str, int]:  # bytes by network
+    "What the weights of a pipeline's networks will take, as the headers of its files say."
+    sizes: dict[str, int] = {}
     for part in weight_folders(folder):
         label = labels.get(part.name) if labels else None
+        in_float32 = part.name == "vae" and not label and stored_vae(part, dtype, vae)[0] == "fp32"
+        itemsize = 4 if in_float32 else dtype.itemsize
+        sizes[part.name] = 0
         for file in weight_files(part, dtype):
             for name, shape in tensor_shapes(file):
                 linear = len(shape) == 2 and not name.endswith("_embedding.weight")
-                total += packed_bytes(shape, label) if label and linear else prod(shape) * dtype.itemsize
-    return total
+                sizes[part.name] += packed_bytes(shape, label) if label and linear else prod(shape) * itemsize
+    return sizes
+
+def weight_bytes(folder: Path,
+                 dtype: "torch.dtype",
+                 labels: dict[str, str] | None = None,  # by network
+                 vae: str = "auto",
+                 offload: bool = False,  # one network at a time is on the device
+                 ) -> int:
+    "What a pipeline's weights will take of its device."
+    sizes = network_sizes(folder, dtype, labels, vae)
+    return max(sizes.values()) if offload and sizes else sum(sizes.values())
 
 # %% ../../nbs/diffusion/03_load.ipynb #3cda2bb3
-def sizes_by_precision(folder: Path, dtype: "torch.dtype") -> dict[str, int]:  # bytes
+def sizes_by_precision(folder: Path,
+                       dtype: "torch.dtype",
+                       vae: str = "auto",
+                       offload: bool = False,
+                       ) -> dict[str, int]:  # bytes
     "What a pipeline's weights take, quantized in each way and as they are."
     labels = ("int8", "nf4", "nf4-dq")
-    sizes = {label: weight_bytes(folder, dtype, dict.fromkeys(PARTS, label)) for label in labels}
-    return sizes | {dtype_name(dtype): weight_bytes(folder, dtype)}
+    sizes = {label: weight_bytes(folder, dtype, dict.fromkeys(PARTS, label), vae, offload) for label in labels}
+    return sizes | {dtype_name(dtype): weight_bytes(folder, dtype, None, vae, offload)}
 
 def advice_on(sizes: dict[str, int],  # bytes by precision
               fits: dict[str, int],  # those that fit
@@ -144,38 +163,49 @@ def advice_on(sizes: dict[str, int],  # bytes by precision
     smallest = min(sizes, key=lambda label: sizes[label])
     return f"Nothing would fit: the smallest, {smallest}, needs {format_bytes(sizes[smallest])}"
 
+def room_for(needed: int, device: str) -> int:  # bytes
+    "Free memory of a device; what nobody uses any more is given back first if it is wanted."
+    free = memory_info(device).free
+    if needed <= free: return free
+    release_memory()
+    return memory_info(device).free
+
 def check_memory(folder: Path,
                  dtype: "torch.dtype",
                  labels: dict[str, str],  # by network
                  device: str,
                  budget: int | None,  # bytes; None: what is free
+                 vae: str = "auto",
+                 offload: bool = False,
                  ) -> None:
     "Refuse what cannot fit, and say what would."
-    free = memory_info(device).free if budget is None else budget
-    needed = weight_bytes(folder, dtype, labels)
+    needed = weight_bytes(folder, dtype, labels, vae, offload)
+    free = room_for(needed, device) if budget is None else budget
     if needed <= free: return
-    sizes = sizes_by_precision(folder, dtype)
+    sizes = sizes_by_precision(folder, dtype, vae, offload)
     fits = {label: size for label, size in sizes.items() if size <= free}
     message = f"the weights need {format_bytes(needed)}, and {device} has {format_bytes(free)}. "
     message += advice_on(sizes, fits)
     raise InsufficientMemoryError(message, details={"needed": needed, "free": free, "fits": fits, "sizes": sizes})
 
 # %% ../../nbs/diffusion/03_load.ipynb #867cc2c9
-PLANNER_DTYPES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}  # as `estimate_vram` names them
-
 def peak_warning(model: str,  # as `plan_vram` takes it
                  folder: Path,
                  dtype: "torch.dtype",
                  labels: dict[str, str],  # by network
                  device: str,
                  budget: int | None,
+                 vae: str = "auto",
+                 offload: bool = False,
                  ) -> str | None:  # None: it fits
     "What to expect of an image of the usual size, if it will not fit."
     free = memory_info(device).free if budget is None else budget
     quant = next(iter(labels.values()), None)
     quantized = [name for name, label in labels.items() if label == quant]
     kind = device.partition(":")[0]
-    try: expected = estimate_vram(folder, PLANNER_DTYPES[dtype_name(dtype)], quant, quantized, device=kind)
+    decodes = "upcast" if vae == "auto" else vae  # as `estimate_vram` names it
+    try: expected = estimate_vram(folder, DTYPE_NAMES[dtype_name(dtype)], quant, quantized,
+                                  "model" if offload else None, decodes, device=kind)
     except ValidationError as e: return f"how much memory an image will take is not known: {e}"
     if expected.peak_allocated <= free: return None
     peak = format_bytes(expected.peak_allocated)
@@ -199,6 +229,12 @@ class LoadRequest:
     vae: str  # one of `VAE_MODES`
     vae_folder: Path
     cache_dir: Path  # the Hub's, beside which quantized weights are kept
+    offload: bool = False  # networks wait in main memory, from the start
+
+    @property
+    def decodes(self) -> str:  # "upcast", "fp32", "same"
+        "How the VAE decodes."
+        return stored_vae(self.vae_folder, self.dtype, self.vae)[0]
 
     @property
     def model(self) -> str:
@@ -229,6 +265,22 @@ def check_pipeline_dtype(dtype: object, device: str) -> "torch.dtype":
     raise ValidationError(f"dtype={dtype!r}: expected torch.float16, torch.bfloat16 or torch.float32, not a text",
                           details={"dtype": str(dtype)})
 
+def find_pipeline(model_id: str | Path, registry: ModelRegistry, revision: str | None) -> Path:
+    "The folder of an SDXL pipeline that is not quantized yet."
+    with wanting("sdxl", model_id, registry.known): folder = registry.locate(model_id, revision=revision)
+    check_sdxl(folder)
+    refuse_quantized(folder)
+    return folder
+
+def check_packed_vae(request: LoadRequest) -> None:
+    "Refuse to quantize a VAE that would have to be cast to decode, or that is to be another one."
+    if request.decodes == "same" and request.vae != "fp16-fix": return
+    reason = f"in {dtype_name(request.dtype)} with vae={request.vae!r} it is kept or decoded in float32"
+    if request.vae == "fp16-fix": reason = "with vae='fp16-fix' it is replaced"
+    raise ValidationError(f"the VAE cannot be quantized: {reason}, and quantized weights cannot be cast. Leave 'vae' out "
+                          "of the networks to quantize (2.5% of it are linear layers), or use dtype=torch.bfloat16 and "
+                          "vae='auto'", details={"dtype": dtype_name(request.dtype), "vae": request.vae})
+
 def make_request(model_id: str | Path,  # alias, "org/name" or folder
                  registry: ModelRegistry,
                  device: str | None,  # None: the best there is
@@ -236,19 +288,19 @@ def make_request(model_id: str | Path,  # alias, "org/name" or folder
                  settings: dict[str, dict],  # by network
                  vae: str = "auto",  # one of `VAE_MODES`
                  revision: str | None = None,
+                 offload: bool = False,
                  ) -> LoadRequest:
     "Check what was asked, and find the files, before any weight is read."
     device = check_device(device)
     dtype = check_pipeline_dtype(dtype, device)
-    vae_mode(vae, dtype, True)
+    check_vae(vae, dtype)
     for own in settings.values(): check_settings(own)
-    folder = registry.locate(model_id, revision=revision)
-    if (folder / MANIFEST).is_file():
-        raise ValidationError(f"{folder.name!r} is quantized already: read it with load_quantized",
-                              details={"folder": folder.name})
+    folder = find_pipeline(model_id, registry, revision)
     if settings: check_parts(list(settings), [part.name for part in weight_folders(folder)])
     vae_folder = registry.locate(FIXED_VAE) if vae == "fp16-fix" else folder / "vae"
-    return LoadRequest(folder, device, dtype, settings, vae, vae_folder, Path(registry.cache_dir))
+    request = LoadRequest(folder, device, dtype, settings, vae, vae_folder, Path(registry.cache_dir), offload)
+    if "vae" in settings: check_packed_vae(request)
+    return request
 
 # %% ../../nbs/diffusion/03_load.ipynb #79335071
 def build(request: LoadRequest,
@@ -256,7 +308,7 @@ def build(request: LoadRequest,
           config: "PipelineQuantizationConfig | None" = None,  # pattern 1; None: network by network
           ) -> "StableDiffusionXLPipeline":
     "Load and quantize."
-    by_pipeline = config is not None and request.settings and request.device != "cpu"
+    by_pipeline = config is not None and request.settings and is_cuda(request.device) and not request.offload
     networks = {}
     left_alone = {}
     for part in weight_folders(request.folder):
@@ -269,10 +321,23 @@ def build(request: LoadRequest,
             networks["vae"], report.vae = load_vae(source, request.dtype, request.vae)
         elif not (settings and by_pipeline):
             networks[part.name], left_alone[part.name] = load_network(part, request.dtype, settings, request.device)
+            if settings and request.offload: send_away(networks[part.name])
         report.bytes_read += sum(file.stat().st_size for file in weight_files(source, stored))
     if by_pipeline: pipeline = load_by_config(request, config, networks)
     else: pipeline = load_pipeline(request.folder, request.dtype, **networks)
-    return finish(pipeline.to(request.device), request, report, left_alone)
+    for name in request.settings: keep_whole(getattr(pipeline, name))
+    bring(pipeline, request.device, request.offload)
+    return finish(pipeline, request, report, left_alone)
+
+def bring(pipeline: "StableDiffusionXLPipeline", device: str, offload: bool) -> None:
+    "Have a pipeline's networks on a device, or in main memory until their turn on it."
+    if offload: pipeline.enable_model_cpu_offload(device=device)
+    else: pipeline.to(device)
+
+def send_away(network: "torch.nn.Module") -> None:
+    "Bring a network that was quantized on its device to main memory, before the next one comes."
+    keep_whole(network)
+    network.to("cpu")
 
 def load_by_config(request: LoadRequest,
                    config: "PipelineQuantizationConfig",
@@ -285,11 +350,27 @@ def load_by_config(request: LoadRequest,
     if any(other != variant for other in variants.values()):
         raise ModelLoadError(f"{request.folder} has networks with and without fp16 files: use pattern 2, which "
                              "chooses for each", details={"variants": variants})
-    return StableDiffusionXLPipeline.from_pretrained(
-        str(request.folder), quantization_config=config, dtype=request.dtype, use_safetensors=True,
-        local_files_only=True, **variant, **networks)
+    with as_current(request.device):
+        return StableDiffusionXLPipeline.from_pretrained(
+            str(request.folder), quantization_config=config, dtype=request.dtype, use_safetensors=True,
+            trust_remote_code=False, local_files_only=True, **variant, **networks)
 
 # %% ../../nbs/diffusion/03_load.ipynb #29d00001
+def try_layers(network: "torch.nn.Module", device: str) -> None:
+    "A small forward through a copy of the smallest quantized layer of each kind; a missing kernel raises."
+    import torch
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    smallest: dict[type, torch.nn.Linear] = {}
+    for layer in network.modules():
+        if not isinstance(layer, Linear4bit | Linear8bitLt): continue
+        known = smallest.setdefault(type(layer), layer)
+        if layer.weight.nbytes < known.weight.nbytes: smallest[type(layer)] = layer
+    dtype: Any = network.dtype
+    for layer in smallest.values():
+        x = torch.ones(2, layer.in_features, dtype=dtype, device=device)
+        with torch.no_grad(): tried = deepcopy(layer).to(device)(x)  # a copy: on a CPU the first call may repack
+        if not bool(tried.isfinite().all()): raise ModelLoadError(f"a {type(layer).__name__} gives what is no number")
+
 def finish(pipeline: "StableDiffusionXLPipeline",
            request: LoadRequest,
            report: LoadReport,
@@ -299,6 +380,7 @@ def finish(pipeline: "StableDiffusionXLPipeline",
     for part in weight_folders(request.folder):
         network = getattr(pipeline, part.name)
         layers = quantized_layers(network)
+        if layers: try_layers(network, request.device)
         precision = request.labels[part.name] if layers else dtype_name(next(network.parameters()).dtype)
         report.parts.append(PartReport(part.name, type(network).__name__, precision, layers,
                                        left_alone.get(part.name, []), weight_bytes(part, request.dtype),
@@ -343,7 +425,7 @@ def build_or_fall_back(request: LoadRequest,
         if not may_fall_back: raise load_failure(e, request, report)
         reason = f"{request.label} failed on {request.device} ({type(e).__name__}: {e})"
     as_it_is = replace(request, settings={})
-    check_memory(as_it_is.folder, as_it_is.dtype, {}, as_it_is.device, budget)
+    check_memory(as_it_is.folder, as_it_is.dtype, {}, as_it_is.device, budget, as_it_is.vae, as_it_is.offload)
     report.clear()
     report.label = as_it_is.label
     report.fallback = f"{reason}; loaded as {as_it_is.label}"

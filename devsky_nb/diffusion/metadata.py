@@ -7,12 +7,13 @@ __all__ = ['read_metadata']
 
 # %% ../../nbs/diffusion/08_metadata.ipynb #eae2f0fd
 import io, json, logging, os
+from math import isfinite
 from pathlib import Path
 from typing import Any, IO
 
 from PIL import Image, PngImagePlugin
 
-from .._core import write_atomically
+from .._core import check_regular, is_integer, parse_json, write_atomically
 from ..errors import FileNotFoundError, ValidationError
 
 # %% ../../nbs/diffusion/08_metadata.ipynb #aaf6fdb2
@@ -66,6 +67,28 @@ def with_settings(image: Image.Image,
     generated.info = info
     return generated
 
+# %% ../../nbs/diffusion/08_metadata.ipynb #313cee8b
+def image_info(path: Path) -> dict:
+    "What the header of an image file says, as text and bytes."
+    check_regular(path, "Name an image file", ValidationError)
+    try:
+        with Image.open(path) as image: return dict(image.info)
+    except Exception as e:
+        raise ValidationError(f"{path.name!r} is no image: {e!r:.100}", details={"file": path.name}, original_error=e)
+
+def is_setting(name: str, value: object) -> bool:
+    "Whether one of `JSON_FIELDS` can have a value."
+    if name == "versions": return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
+    if name == "stepped_down": return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    return is_integer(value) or (name == "guidance_scale" and isinstance(value, float) and isfinite(value))
+
+def read_setting(name: str, text: object) -> object:
+    "One of `JSON_FIELDS`, from its text."
+    if not isinstance(text, str): raise ValueError(f"{name} is missing")
+    value = parse_json(text)
+    if not is_setting(name, value): raise ValueError(f"{name} cannot be {value!r:.60}")
+    return value
+
 # %% ../../nbs/diffusion/08_metadata.ipynb #313cee8c
 def read_metadata(path: str | os.PathLike,  # of a PNG that a generator's image was saved to
                   ) -> dict:  # as the image's `info` was
@@ -81,20 +104,14 @@ def read_metadata(path: str | os.PathLike,  # of a PNG that a generator's image 
         FileNotFoundError: there is no such file.
         ValidationError: the file is no image, has no settings, or settings that cannot be read.
     """
-    name = Path(path).name
-    details = {"file": name}
-    try:
-        with Image.open(path) as image: info = dict(image.info)
-    except OSError as e:
-        if not os.path.exists(path):
-            raise FileNotFoundError(f"no file {name!r}", details=details, original_error=e)
-        raise ValidationError(f"{name!r} is no image", details=details, original_error=e)
+    file = Path(path)
+    if not os.path.lexists(file): raise FileNotFoundError(f"no file {file.name!r}", details={"file": file.name})
+    info = image_info(file)
     if not str(info.get("software")).startswith("devsky_nb "):
-        raise ValidationError(f"{name!r} has no settings: it was not saved from a generator's image, or something "
-                              "has rewritten it", details=details)
-    try:
-        numbers = {key: json.loads(info[key]) for key in JSON_FIELDS}
-        return {key: info.get(key) for key in TEXT_FIELDS} | numbers
-    except (KeyError, TypeError, ValueError, RecursionError) as e:
-        message = f"{name!r} has settings that cannot be read: {e!r:.100}"
-        raise ValidationError(message, details=details, original_error=e)
+        raise ValidationError(f"{file.name!r} has no settings: it was not saved from a generator's image, or something "
+                              "has rewritten it", details={"file": file.name})
+    try: numbers = {name: read_setting(name, info.get(name)) for name in JSON_FIELDS}
+    except ValueError as e:
+        message = f"{file.name!r} has settings that cannot be read: {e!s:.100}"
+        raise ValidationError(message, details={"file": file.name}, original_error=e)
+    return {name: info.get(name) for name in TEXT_FIELDS} | numbers

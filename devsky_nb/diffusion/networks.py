@@ -6,15 +6,19 @@
 __all__ = []
 
 # %% ../../nbs/diffusion/02_networks.ipynb #ef3b24a7
-import weakref
+import logging, weakref
+from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any, TYPE_CHECKING, TypeGuard
 
-from .._core import check_choice, read_json
-from .quantization import crashing_layers, empty_network
+from .._core import check_choice, read_json, require
+from ..device import dtype_name, release_traceback
+from .quantization import crashing_layers, empty_network, keep_whole
 from ..errors import ModelLoadError, ValidationError
-from ..hub.load import load_errors, load_part, part_class
+from ..hub.load import load_errors, load_part, part_class, quiet
 from ..hub.weights import networks, weight_files, weights_variant
+from ..memory.estimate import DTYPE_NAMES, vae_mode, VAE_MODES
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +36,8 @@ def load_on_cpu(part: Path,  # folder of a network of diffusers
     cls: Any = part_class(part)
     with load_errors(cls, part):
         network: Any = empty_network(part)
-        config = BitsAndBytesConfig(**settings) if settings else cls.load_config(part).get("quantization_config")
+        stored = read_json(part / "config.json").get("quantization_config")
+        config = BitsAndBytesConfig(**settings) if settings else stored
         quantizer = DiffusersAutoQuantizer.from_config(config, pre_quantized=not settings)
         in_float32 = network._keep_in_fp32_modules or []
         quantizer.preprocess_model(model=network, device_map=None, keep_in_fp32_modules=in_float32)
@@ -48,6 +53,7 @@ def load_on_cpu(part: Path,  # folder of a network of diffusers
         quantizer.postprocess_model(network)
     network.hf_quantizer = quantizer
     network.register_to_config(quantization_config=quantizer.quantization_config)
+    keep_whole(network)
     return network.eval().requires_grad_(False)
 
 # %% ../../nbs/diffusion/02_networks.ipynb #2a30b126
@@ -61,6 +67,28 @@ def without_crashing(settings: dict,
     from transformers.quantizers.base import get_keys_to_not_convert
     usual = [] if of_diffusers else get_keys_to_not_convert(structure)
     return settings | {"llm_int8_skip_modules": [*(settings.get("llm_int8_skip_modules") or usual), *crashing]}
+
+def is_cuda(device: str) -> bool:
+    "Whether a device is one of CUDA's."
+    return device.startswith("cuda")
+
+def as_current(device: str) -> AbstractContextManager:
+    "With this GPU as the current one: that is where libraries build what they quantize."
+    import torch
+    return torch.cuda.device(device) if is_cuda(device) else nullcontext()
+
+def load_packed(cls: Any,
+                part: Path,
+                dtype: "torch.dtype",
+                device: str,
+                **options: object,  # as for `load_part`
+                ) -> "torch.nn.Module":
+    "Have a library load a network in 8 or 4 bits, on the device that was asked for."
+    from transformers import PreTrainedModel
+    if issubclass(cls, PreTrainedModel): options["device_map"] = {"": device}
+    with as_current(device): network = load_part(cls, part, dtype, **options)
+    keep_whole(network)
+    return network
 
 def load_network(part: Path,
                  dtype: "torch.dtype",
@@ -76,10 +104,10 @@ def load_network(part: Path,
     structure = empty_network(part)
     crashing = crashing_layers(structure, settings, device)
     settings = without_crashing(settings, structure, crashing, of_diffusers)
-    if of_diffusers and device == "cpu": return load_on_cpu(part, dtype, settings), crashing
     library = diffusers if of_diffusers else transformers
     config = library.BitsAndBytesConfig(**settings)
-    return load_part(cls, part, dtype, quantization_config=config, **variant), crashing
+    if of_diffusers and not is_cuda(device): return load_on_cpu(part, dtype, settings), crashing
+    return load_packed(cls, part, dtype, device, quantization_config=config, **variant), crashing
 
 # %% ../../nbs/diffusion/02_networks.ipynb #5c3119c4
 def repacked(model: object) -> bool:
@@ -111,9 +139,89 @@ def move_quantized(model: Any,  # a network, or a pipeline
     options = {name: value for name, value in kwargs.items() if name not in ("device", "dtype")}
     return type(model).to(model, *([] if device is None else [device]), **options)
 
+# %% ../../nbs/diffusion/02_networks.ipynb #6af29330
+log = logging.getLogger(__name__)
+
+def adapters_of(network: object) -> dict:  # by name
+    "The adapters that a network has."
+    return getattr(network, "peft_config", None) or {}
+
+def active_adapters(network: "torch.nn.Module") -> dict[Any, list[str]]:  # by layer that peft has wrapped
+    "Which adapters each layer works with."
+    layers: list[Any] = [layer for layer in network.modules() if hasattr(layer, "base_layer")]
+    return {layer: list(layer.active_adapters) for layer in layers if hasattr(layer, "active_adapters")}
+
+def drop_adapters(network: Any,
+                  kept: set[str],  # names
+                  active: dict[Any, list[str]],  # as it was
+                  ) -> None:
+    "Take a network's other adapters away."
+    from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
+    for name in adapters_of(network).keys() - kept:
+        delete_adapter_layers(network, name)
+        adapters_of(network).pop(name, None)
+    if not kept:
+        recurse_remove_peft_layers(network)
+        for name in ("peft_config", "_hf_peft_config_loaded"): vars(network).pop(name, None)
+    for layer, names in active.items():
+        if list(layer.active_adapters) != names: layer.set_adapter(names)
+
+def load_adapter(pipeline: Any, *args: Any, **kwargs: Any) -> None:
+    """Load a LoRA as diffusers does; where that fails, or nothing of it fits, the pipeline is as it was.
+
+    Raises:
+        ModelLoadError: it cannot be loaded.
+        DevSkyyError: peft is not installed.
+    """
+    require("peft")
+    before = {network: (set(adapters_of(network)), active_adapters(network)) for network in networks(pipeline)}
+    was_offloaded = bool(getattr(pipeline, "_all_hooks", None))
+    why: Exception | str = "no layer of this pipeline is named in it"
+    try:
+        with quiet("transformers", "diffusers") as said: type(pipeline).load_lora_weights(pipeline, *args, **kwargs)
+        for text in said:
+            if "unexpected" in text: log.warning(text)
+        hotswapped = kwargs.get("hotswap", False)
+        if hotswapped or any(set(adapters_of(network)) - names for network, (names, _) in before.items()): return
+    except Exception as e: why = e
+    for network, (names, active) in before.items(): drop_adapters(network, names, active)
+    if was_offloaded: pipeline.enable_model_cpu_offload(device=pipeline._offload_device)
+    error = why if isinstance(why, Exception) else None
+    reason = " ".join(str(why).split())[:300].rstrip(".")
+    raise ModelLoadError(f"the LoRA cannot be loaded: {reason}. The {type(pipeline).__name__} is as it was",
+                         details={"pipeline": type(pipeline).__name__}, original_error=error)
+
+# %% ../../nbs/diffusion/02_networks.ipynb #6af2932f
+CAPTURING = "transformers.utils.output_capturing"  # the module whose hooks are put back when they are needed
+
+def without_capturing(state: dict) -> dict:  # of a module: its attributes
+    "A module's attributes, without hooks that transformers has put into it and its layers."
+    hooks = state.get("_forward_hooks", {})
+    kept = OrderedDict((key, hook) for key, hook in hooks.items() if getattr(hook, "__module__", "") != CAPTURING)
+    layers = {name: layer and bare_copy(layer) for name, layer in state["_modules"].items()}
+    return {name: value for name, value in state.items() if name != "_output_capturing_hooks_installed"} | {
+        "_forward_hooks": kept, "_modules": layers}
+
+def bare_copy(layer: "torch.nn.Module") -> "torch.nn.Module":  # with the same tensors
+    "A layer without such hooks."
+    copied = type(layer).__new__(type(layer))
+    vars(copied).update(without_capturing(vars(layer)))
+    return copied
+
+def is_network(model: object) -> TypeGuard["torch.nn.Module"]:
+    "Whether a model is a network, and not a pipeline."
+    import torch
+    return isinstance(model, torch.nn.Module)
+
+def reduce_quantized(network: "torch.nn.Module", protocol: int) -> tuple:
+    "What a pickle, or a copy, is made of."
+    reduced: Any = type(network).__reduce_ex__(network, protocol)
+    constructor, args, state, *rest = reduced
+    return constructor, args, without_capturing(state), *rest
+
 # %% ../../nbs/diffusion/02_networks.ipynb #6af29331
 CASTS = {"half": "float16", "float": "float32", "double": "float64", "bfloat16": "bfloat16"}
-GUARDED = ("to", "cuda", "type", *CASTS)
+GUARDED = ("to", "cuda", "type", *CASTS, "load_lora_weights")
 
 class Guard:
     "A method of one quantized model that refuses what would spoil the weights; it does not keep the model alive."
@@ -125,8 +233,12 @@ class Guard:
         self.method = method
 
     def __call__(self, *args: Any, **kwargs: Any) -> object:
-        model = self.model()
+        model: Any = self.model()
         if self.method == "to": return move_quantized(model, *args, **kwargs)
+        if self.method == "load_lora_weights":
+            load_adapter(model, *args, **kwargs)
+            return None
+        if self.method == "__reduce_ex__": return reduce_quantized(model, *args)
         if self.method != "cuda":
             given = args[0] if args else None  # to `type`, which takes any dtype
             raise refused_cast(model, CASTS.get(self.method, given))
@@ -140,42 +252,80 @@ def guard(model: object) -> None:
     "Make a quantized network, or a pipeline that has one, refuse what would spoil it."
     for method in GUARDED:
         if hasattr(type(model), method): setattr(model, method, Guard(model, method))
+    if not is_network(model): return
+    setattr(model, "__reduce_ex__", Guard(model, "__reduce_ex__"))
+    keep_whole(model)
+
 
 # %% ../../nbs/diffusion/02_networks.ipynb #a00415c2
-VAE_MODES = ("auto", "upcast", "fp16-fix", "fp32")
-
-def vae_mode(vae: str,  # one of `VAE_MODES`
-             dtype: "torch.dtype",  # of the pipeline
-             force_upcast: bool,  # as the VAE's config says
-             ) -> str:  # "upcast": the pipeline does it; "fp32": kept so; "same": in the pipeline's own format
-    "How the VAE decodes."
+def check_vae(vae: str,  # one of `VAE_MODES`
+              dtype: "torch.dtype",  # of the pipeline
+              ) -> None:
+    "Refuse a way of decoding that the pipeline does not have."
     import torch
     check_choice("vae", vae, VAE_MODES)
-    if vae == "upcast" and dtype == torch.bfloat16:
-        raise ValidationError("vae='upcast' needs float16: the pipeline does not upcast bfloat16. "
-                              "Use vae='fp32', or 'auto'", details={"vae": vae, "dtype": str(dtype)})
-    if dtype == torch.float32 or vae == "fp16-fix": return "same"
-    if vae != "auto": return vae
-    if not force_upcast: return "same"
-    return "upcast" if dtype == torch.float16 else "fp32"
+    if vae != "upcast" or dtype != torch.bfloat16: return
+    raise ValidationError("vae='upcast' needs float16: the pipeline does not upcast bfloat16. "
+                          "Use vae='fp32', or 'auto'", details={"vae": vae, "dtype": str(dtype)})
 
-# %% ../../nbs/diffusion/02_networks.ipynb #8bac1839
 def stored_vae(part: Path,
                dtype: "torch.dtype",  # of the pipeline
                vae: str,  # one of `VAE_MODES`
                ) -> tuple[str, "torch.dtype"]:
     "How a VAE decodes, and the number format that its weights are kept in."
     import torch
-    mode = vae_mode(vae, dtype, read_json(part / "config.json").get("force_upcast", True))
+    check_vae(vae, dtype)
+    force_upcast = read_json(part / "config.json").get("force_upcast", True)
+    mode = vae_mode(vae, DTYPE_NAMES[dtype_name(dtype)], force_upcast)
     stored = torch.float32 if mode == "fp32" else dtype
     return mode, stored
 
+# %% ../../nbs/diffusion/02_networks.ipynb #8bac1839
 def match_dtype(layer: "torch.nn.Module", args: tuple) -> tuple:
     "Bring a layer's input to the format of its weights."
     return (args[0].to(layer.weight.dtype), *args[1:])
 
-def accept_half(vae: "AutoencoderKL") -> None:
-    "Let a VAE in float32 take what a pipeline in half precision hands it."
+def back_to_format(vae: "AutoencoderKL",
+                   dtype: "torch.dtype",
+                   error: BaseException,  # in whose course the format was changed
+                   ) -> None:
+    "Bring all weights of a VAE back to one number format, by way of main memory: there may be no room for both."
+    import torch
+    if all(weight.dtype == dtype for weight in vae.parameters()): return
+    release_traceback(error)
+    for place in ("cpu", dtype, vae.device): torch.nn.Module.to(vae, place)
+
+class VaeGuard:
+    "A method of one VAE after which its weights are in their own number format, all of them; does not keep it alive."
+    def __init__(self,
+                 vae: "AutoencoderKL",
+                 method: str,  # "to" or "decode"
+                 stored: "torch.dtype",
+                 ):
+        self.vae = weakref.ref(vae)
+        self.method = method
+        self.stored = stored
+
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
+        import torch
+        vae: Any = self.vae()
+        if self.method == "to" and self.stored == torch.float32:
+            places = [a.device if isinstance(a, torch.Tensor) else a for a in args]
+            args = tuple(place for place in places if place is not None and not isinstance(place, torch.dtype))
+            kwargs.pop("dtype", None)
+            if not (args or kwargs): return vae
+        try: return getattr(type(vae), self.method)(vae, *args, **kwargs)
+        except BaseException as e:
+            back_to_format(vae, self.stored, e)
+            raise
+
+    def __reduce__(self) -> tuple: return VaeGuard, (self.vae(), self.method, self.stored)
+
+def keep_format(vae: "AutoencoderKL", mode: str) -> None:  # as `stored_vae` says
+    "Have a VAE keep its number format, whatever the pipeline's own call does with it, and however that ends."
+    if mode == "same": return
+    for method in ("to", "decode"): setattr(vae, method, VaeGuard(vae, method, vae.dtype))
+    if mode == "upcast": return
     for first in (vae.post_quant_conv or vae.decoder.conv_in, vae.encoder.conv_in):
         first.register_forward_pre_hook(match_dtype)
 
@@ -184,5 +334,5 @@ def load_vae(part: Path, dtype: "torch.dtype", vae: str) -> tuple["torch.nn.Modu
     from diffusers import AutoencoderKL
     mode, stored = stored_vae(part, dtype, vae)
     network = load_part(AutoencoderKL, part, stored, **weights_variant(part, stored))
-    if mode == "fp32": accept_half(network)
+    keep_format(network, mode)
     return network, mode

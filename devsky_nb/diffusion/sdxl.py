@@ -12,7 +12,7 @@ from typing import Any, TYPE_CHECKING
 
 from .._core import check_flag, parse_bytes, require
 from ..device import check_device, dtype_name
-from .checkpoint import from_cache, to_cache
+from .checkpoint import checkpoint_folder, from_cache, to_cache
 from .load import (build_or_fall_back, check_memory, check_pipeline_dtype, LoadReport, make_request,
                    peak_warning)
 from .quantization import bnb_settings, check_parts, check_pipeline_call, config_settings, PARTS
@@ -51,6 +51,7 @@ def load_sdxl(model_id: str | Path = "stabilityai/stable-diffusion-xl-base-1.0",
               registry: ModelRegistry | None = None,  # None: the one of this cache
               revision: str | None = None,  # commit, branch or tag; None: as the registry says
               asked: dict | None = None,  # for the report
+              offload: bool = False,  # networks wait in main memory, and come to the device for their turn
               **mistaken: Any,  # keywords that other libraries take: refused with the call that works
               ) -> "StableDiffusionXLPipeline":  # with a `load_report`
     "Load SDXL, quantized or not."
@@ -60,18 +61,20 @@ def load_sdxl(model_id: str | Path = "stabilityai/stable-diffusion-xl-base-1.0",
     limit = None if budget is None else parse_bytes(budget)
     registry = registry_for(registry, cache_dir, offline)
     started = time.perf_counter()
-    request = make_request(model_id, registry, device, dtype, quantize or {}, vae, revision)
+    request = make_request(model_id, registry, device, dtype, quantize or {}, vae, revision, offload)
     report = LoadReport(request.model, request.revision, request.label, request.device, dtype_name(request.dtype),
-                        vae, asked or {})
+                        request.decodes, asked or {})
     kept = quantize_once and bool(request.settings)
     with quiet("transformers", "diffusers"):
-        check_memory(request.folder, request.dtype, request.labels, request.device, limit)
-        warning = peak_warning(request.model, request.folder, request.dtype, request.labels, request.device, limit)
+        check_memory(request.folder, request.dtype, request.labels, request.device, limit, vae, offload)
+        warning = peak_warning(request.model, request.folder, request.dtype, request.labels, request.device, limit, vae,
+                               offload)
         if warning: report.warnings.append(warning)
-        pipeline = from_cache(request, report) if kept else None
+        place = checkpoint_folder(request) if kept else None
+        pipeline = from_cache(request, report) if place else None
         if pipeline is None:
             pipeline = build_or_fall_back(request, report, fallback, limit, config)
-            if kept and not report.fallback: to_cache(pipeline, request)
+            if place and not report.fallback: to_cache(pipeline, request, place)
     report.seconds = time.perf_counter() - started
     return pipeline
 

@@ -14,10 +14,9 @@ from typing import Any, TYPE_CHECKING
 
 from .._core import check_choice, check_count, check_share, format_bytes, html_table, parse_bytes
 from ..device import default_dtype, is_out_of_memory, release_traceback
-from .drawing import float32_noise
+from .drawing import noise_in_float32
 from .generation import precision_label, QuantizedSDXLGenerator
-from .networks import accept_half, vae_mode
-from .turns import (go_back, is_offloaded, keep_state, place_networks, turns_of, undisturbed,
+from .turns import (go_back, keep_state, offload_of, place_networks, turns_of, undisturbed,
                     VAE_SWITCHES)
 from ..errors import InsufficientMemoryError, MLError, ModelNotFoundError, ValidationError
 from ..memory.estimate import estimate_vram, QUANTS
@@ -41,7 +40,7 @@ def draw_probe(pipeline: "DiffusionPipeline",
     "Images of a fixed prompt from fixed noise; the pipeline is left as it was."
     import torch
     noise = [torch.Generator().manual_seed(seed) for seed in range(batch)]
-    with undisturbed(pipeline), float32_noise():
+    with undisturbed(pipeline), noise_in_float32(pipeline):
         drawn = pipeline([PROMPT] * batch, width=width, height=height, num_inference_steps=STEPS, generator=noise,
                          output_type="np")
     return drawn.images
@@ -107,11 +106,7 @@ class Task:
 
     @property
     def offload(self) -> str | None:  # "model", "group", "sequential"; None: the weights stay on the device
-        if is_offloaded(self.pipeline): return "model"
-        layers: list[Any] = [layer for network in self.networks.values() for layer in network.modules()]
-        if any(hasattr(layer, "_hf_hook") for layer in layers): return "sequential"
-        hooks = [layer._diffusers_hook for layer in layers if hasattr(layer, "_diffusers_hook")]
-        return "group" if any(hook.get_hook("group_offloading") for hook in hooks) else None
+        return offload_of(self.pipeline)
 
 # %% ../../nbs/diffusion/14_speed.ipynb #14b00010
 Switch = tuple[Callable[[], object], Callable[[], object]]  # on, and back
@@ -190,23 +185,23 @@ def half_obstacle(task: Task) -> str | None:
 def half_switch(task: Task) -> Switch:
     import torch
     dtype = torch.bfloat16 if task.device == "cpu" else default_dtype(task.device)
-    vae = task.pipeline.vae
-    keep_vae = vae_mode("auto", dtype, vae.config.get("force_upcast", False)) == "fp32"
-    networks = [network for network in task.networks.values() if not (keep_vae and network is vae)]
+    networks = list(task.networks.values())
     weights = [network.state_dict() for network in networks]
 
     def on() -> None:
-        if keep_vae: accept_half(vae)
         for network in networks: network.bfloat16() if dtype == torch.bfloat16 else network.half()
 
-    def back() -> None:  # hooks of the VAE may stay: what is in its format already passes through them
-        for network, before in zip(networks, weights): network.float().load_state_dict(before, assign=True)
+    def back() -> None:
+        for network, before in zip(networks, weights):
+            network.load_state_dict(before, assign=True)  # the old tensors themselves, which takes no memory
+            network.float()  # buffers that are no part of the state
 
     return on, back
 
 # %% ../../nbs/diffusion/14_speed.ipynb #14b0001e
 def offload_obstacle(task: Task) -> str | None:
     if task.offload: return f"there is {task.offload} offload already"
+    if task.device == "mps": return "Apple's GPUs compute in the main memory: there is no other to offload to"
     if task.shared: return "the pipeline is a generator's, which offloads with low_memory=True"
     return None
 
@@ -314,6 +309,15 @@ def first_output(probe: Probe, kind: str) -> "np.ndarray":  # kind: of the pipel
     raise MLError(f"{kind} returns numbers that are not finite before anything is changed: load it with "
                   "dtype=torch.bfloat16 or torch.float32")
 
+def bring_back(technique: Technique, back: Callable[[], object]) -> None:
+    "Set a switch back, or say that it could not be."
+    try: back()
+    except Exception as e:
+        kind = InsufficientMemoryError if is_out_of_memory(e) else MLError
+        release_traceback(e)
+        raise kind(f"{technique.name} cannot be set back: {e}. The pipeline keeps it: free memory, or load it again",
+                   details={"switch": technique.name}, original_error=e)
+
 def attempt(technique: Technique,
             task: Task,
             probe: Probe,
@@ -336,7 +340,7 @@ def attempt(technique: Technique,
     except BaseException:
         back()
         raise
-    if problem: back()
+    if problem: bring_back(technique, back)
     else: outputs.append(output)
     return problem
 
@@ -428,6 +432,23 @@ def check_pipeline(pipeline: Any) -> "DiffusionPipeline":
                               details={"training": learning})
     return model
 
+def check_places(task: Task) -> None:
+    "Refuse a pipeline of which only a part has moved: what pays is decided by its one device."
+    places = {str(weight.device) for network in task.networks.values() for weight in network.parameters()}
+    if len(places) == 1 or task.offload: return
+    found = " and ".join(sorted(places))
+    raise ValidationError(f"the networks are on {found}: move all with pipeline.to(...), or offload them",
+                          details={"devices": sorted(places)})
+
+def place(generator: QuantizedSDXLGenerator) -> None:
+    "Have the networks of a generator where it draws with them."
+    try: place_networks(generator._open(), generator.device, generator._offload)
+    except Exception as e:
+        if not is_out_of_memory(e): raise
+        release_traceback(e)
+        raise InsufficientMemoryError(f"there is no room on {generator.device} for the generator's networks: load it "
+                                      "smaller, or with low_memory=True", original_error=e)
+
 def check_side(name: str, side: int | None, pipeline: Any) -> int:  # pixels
     "A width or a height; None: the model's own."
     factor = pipeline.vae_scale_factor
@@ -501,8 +522,9 @@ def optimize(pipeline: "DiffusionPipeline | QuantizedSDXLGenerator",  # where it
 
     Raises:
         ValidationError: an argument is wrong, this is no pipeline that draws from a prompt, a network is in training
-            mode, or there is a budget and the planner does not know the pipeline.
-        InsufficientMemoryError: there is no room for the image by which the pipeline is checked.
+            mode, the networks are on several devices, or there is a budget and the planner does not know the pipeline.
+        InsufficientMemoryError: there is no room for the image by which the pipeline is checked, or for a switch to
+            be set back.
         MLError: the pipeline fails before anything is changed, the generator is closed, or this was called from a
             callback of the generator.
     """
@@ -523,6 +545,8 @@ def optimize(pipeline: "DiffusionPipeline | QuantizedSDXLGenerator",  # where it
         described = f"{STEPS} steps at {task.width}×{task.height}, batch {task.batch}"
     with turns.take():
         go_back(model)
+        if isinstance(pipeline, QuantizedSDXLGenerator): place(pipeline)
+        check_places(task)
         try: return throw_switches(task, names, techniques is not None, tolerance, probe, described)
         finally:
             if turns.kept is not None: keep_state(model)

@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from ..errors import MLError
+from ..hub.weights import networks
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline, SchedulerMixin, StableDiffusionXLPipeline
@@ -107,13 +108,27 @@ def is_offloaded(pipeline: "DiffusionPipeline") -> bool:
     "Whether a pipeline's networks wait in main memory."
     return bool(getattr(pipeline, "_all_hooks", None))
 
-def place_networks(pipeline: "DiffusionPipeline",
-                   device: str,
-                   offload: bool,  # networks wait in main memory, and come to the device for their turn
-                   ) -> None:
-    "Have a pipeline's networks where they are wanted."
-    if offload == is_offloaded(pipeline): return
+def offload_of(pipeline: "DiffusionPipeline") -> str | None:  # "model", "group", "sequential"; None: none
+    "In which way a pipeline's weights wait in main memory."
+    if is_offloaded(pipeline): return "model"
+    layers: list[Any] = [layer for network in networks(pipeline) for layer in network.modules()]
+    if any(hasattr(layer, "_hf_hook") for layer in layers): return "sequential"
+    hooks = [layer._diffusers_hook for layer in layers if hasattr(layer, "_diffusers_hook")]
+    return "group" if any(hook.get_hook("group_offloading") for hook in hooks) else None
+
+def _place(pipeline: "DiffusionPipeline", device: str, offload: bool) -> None:
     if offload: pipeline.enable_model_cpu_offload(device=device)
     else:
         pipeline.remove_all_hooks()
         pipeline.to(device)
+
+def place_networks(pipeline: "DiffusionPipeline",
+                   device: str,
+                   offload: bool,  # networks wait in main memory, and come to the device for their turn
+                   ) -> None:
+    "Have a pipeline's networks where they are wanted, all of them or none."
+    if offload == is_offloaded(pipeline): return
+    try: _place(pipeline, device, offload)
+    except BaseException:
+        _place(pipeline, device, not offload)
+        raise

@@ -6,6 +6,8 @@
 __all__ = []
 
 # %% ../../nbs/memory/01_configs.ipynb #79075c8d
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
@@ -15,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import read_json, require
 from ..errors import ModelLoadError, ValidationError
-from ..hub.load import part_class, quiet
+from ..hub.configs import check_configs, SAFETY_CHECKER
+from ..hub.load import build_network, exported, part_class, quiet
 from ..hub.locate import bundled_folder, find_source, HubSource, LocalSource, not_here, present_folder
 from ..hub.models import KNOWN, near_names
 from ..hub.registry import ModelRegistry, registry_for
-from ..hub.weights import is_model_folder
+from ..hub.weights import is_component, is_model_folder, read_index
 
 if TYPE_CHECKING: import torch
 
@@ -27,17 +30,23 @@ if TYPE_CHECKING: import torch
 CONFIGS = Path(str(files("devsky_nb") / "configs"))  # a folder for each alias
 
 # %% ../../nbs/memory/01_configs.ipynb #9170ce90
+@contextmanager
+def as_input() -> Iterator[None]:
+    "Say of a configuration that cannot be used that it is wrong input."
+    try: yield
+    except ModelLoadError as e: raise ValidationError(e.message, details=e.details, original_error=e)
+
 def read_config(file: Path) -> dict:
     "A configuration, or an error that names the file."
-    try: return read_json(file)
-    except ModelLoadError as e:
-        problem = f"{file} is no configuration: a JSON object is expected ({e})"
-        raise ValidationError(problem, details={"file": str(file)}, original_error=e)
+    with as_input(): return read_json(file)
+
+def listed_parts(folder: Path) -> dict[str, Any]:  # empty: a single model
+    "The index of a pipeline, or an error that names the file."
+    with as_input(): return read_index(folder)
 
 def pipeline_kind(folder: Path) -> str:  # a class of diffusers; "": a single model
     "Which pipeline a folder is for."
-    index = folder / "model_index.json"
-    return str(read_config(index).get("_class_name", "")) if index.exists() else ""
+    return str(listed_parts(folder).get("_class_name", ""))
 
 def network_role(folder: Path) -> str:  # "unet", "transformer", "vae"; "": a model of its own
     "What a pipeline would call a network."
@@ -51,10 +60,16 @@ NO_WEIGHTS = ("Tokenizer", "Scheduler", "Processor", "FeatureExtractor", "Solver
 
 def is_network(entry: object) -> bool:
     "Whether an entry of `model_index.json` names a class that has weights."
-    if not isinstance(entry, list) or len(entry) != 2: return False
-    library, cls = entry
-    if not isinstance(library, str) or not isinstance(cls, str): return False
-    return not any(kind in cls for kind in NO_WEIGHTS)
+    cls = entry[1] if isinstance(entry, list) and is_component(entry) else None
+    return cls is not None and not any(kind in cls for kind in NO_WEIGHTS)
+
+def check_no_network(part: Path, entry: list) -> None:
+    "Refuse a network that the index lists as something without weights: the answer would be too small."
+    file = part / "config.json"
+    own = read_config(file).get("_class_name") if file.exists() else None
+    if not own: return
+    listed = f"{part.parent}/model_index.json lists {part.name} as {entry!r:.80}"
+    raise ValidationError(f"{listed}, and {file} is for a {own}", details={"folder": str(part.parent)})
 
 def networks_of(folder: Path) -> dict[str, Path]:  # by component
     """The networks of a model, each with the folder of its configuration.
@@ -64,7 +79,10 @@ def networks_of(folder: Path) -> dict[str, Path]:  # by component
     """
     index = folder / "model_index.json"
     if not index.exists(): return {network_role(folder): folder}
-    parts = {name: folder / name for name, entry in read_config(index).items() if is_network(entry)}
+    listed = listed_parts(folder)
+    for name, entry in listed.items():
+        if entry and is_component(entry) and not is_network(entry): check_no_network(folder / name, entry)
+    parts = {name: folder / name for name, entry in listed.items() if is_network(entry)}
     missing = [name for name, part in parts.items() if not (part / "config.json").exists()]
     if missing:
         lacking = ", ".join(f"{name}/config.json" for name in missing)
@@ -117,14 +135,20 @@ def find_model(model: str | Path,  # alias, Hub id or folder
     """Find a model's configuration, without the network.
 
     Raises:
-        ValidationError: no such alias or folder, or a revision of a model that has none.
+        ValidationError: no such alias or folder, a revision of a model that has none, or a configuration that cannot be
+            read, names code, or describes a network that cannot be.
         ModelNotFoundError: neither the cache nor the package has the configuration.
     """
     registry = registry_for(registry)
     source = find_source(model, registry.known, registry.cache_dir, registry.lockfile, revision)
-    if isinstance(source, LocalSource): return local_model(model, source)
+    if isinstance(source, LocalSource):
+        own = local_model(model, source)
+        with as_input(): check_configs(own.folder)
+        return own
     spec = source.spec
     folder = cached_configuration(source, registry.cache_dir)
+    if folder is not None:
+        with as_input(): check_configs(folder)
     if folder is None and revision is None: folder = carried_configuration(spec.repo_id)
     if folder is not None:
         certain = None if source.revision == "main" else source.revision
@@ -142,37 +166,46 @@ def config_folder(model: str | Path,  # alias, Hub id or folder
     return find_model(model, registry, revision).folder
 
 # %% ../../nbs/memory/01_configs.ipynb #b4dd0e56
-ENCODERS = ("CLIPModel", "SiglipModel", "CLIPTextModel", "CLIPTextModelWithProjection", "CLIPVisionModel",
-            "CLIPVisionModelWithProjection", "T5EncoderModel")
-SAFETY_CHECKER = "StableDiffusionSafetyChecker"
+ENCODERS = {"clip": "CLIPModel", "siglip": "SiglipModel", "clip_text_model": "CLIPTextModel",  # by `model_type`
+            "clip_vision_model": "CLIPVisionModel", "t5": "T5EncoderModel"}
+WITH_PROJECTION = ("CLIPTextModelWithProjection", "CLIPVisionModelWithProjection")
+CHECKER_MODULE = "diffusers.pipelines.stable_diffusion.safety_checker"
 
 def class_in(module: str, name: str) -> Any:  # a class
     "A class of a library that is imported late."
-    require(module.partition(".")[0])
+    library = module.partition(".")[0]
+    require(library)
+    if module == library and name not in exported(library):
+        raise ModelLoadError(f"{library} has no class {name!r}: update it", details={"library": library, "class": name})
     return getattr(import_module(module), name)
 
 def listed_class(part: Path) -> Any:  # None: the folder is no part of a pipeline
     "The class that a pipeline's index names for a network."
-    index = part.parent / "model_index.json"
-    listed = read_config(index).get(part.name) if index.exists() else None
-    if not listed: return None
-    library, name = listed
-    if name == SAFETY_CHECKER: return class_in("diffusers.pipelines.stable_diffusion.safety_checker", name)
-    if library == "diffusers": require("diffusers")
+    listed = listed_parts(part.parent).get(part.name)
+    if not isinstance(listed, list) or not all(listed): return None
+    if listed[1] == SAFETY_CHECKER: return class_in(CHECKER_MODULE, SAFETY_CHECKER)
     return part_class(part)
+
+def own_class(part: Path) -> Any:  # a class
+    "The class that a network's own configuration names."
+    config = read_config(part / "config.json")
+    architectures = config.get("architectures") or []
+    if SAFETY_CHECKER in architectures: return class_in(CHECKER_MODULE, SAFETY_CHECKER)
+    if config.get("_class_name"): return class_in("diffusers", config["_class_name"])  # as diffusers writes it
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in ENCODERS:
+        raise ValidationError(f"a model of type {kind!r:.60} is not supported: {', '.join(ENCODERS)} are, and the "
+                              "networks of diffusers", details={"folder": str(part), "model_type": kind})
+    named = next((name for name in architectures if name in (*ENCODERS.values(), *WITH_PROJECTION)), ENCODERS[kind])
+    return class_in("transformers", named)
 
 def network_class(part: Path) -> Any:  # a class
     "The class of a network, of diffusers or transformers."
-    listed = listed_class(part)
-    if listed is not None: return listed
-    config = read_config(part / "config.json")
-    architectures = config.get("architectures") or []
-    if SAFETY_CHECKER in architectures:
-        return class_in("diffusers.pipelines.stable_diffusion.safety_checker", SAFETY_CHECKER)
-    own_class = config.get("_class_name")  # as diffusers writes it
-    if own_class: return class_in("diffusers", str(own_class))
-    encoder = next((name for name in architectures if name in ENCODERS), "AutoModel")
-    return class_in("transformers", encoder)
+    cls = listed_class(part) or own_class(part)
+    kind = getattr(getattr(cls, "config_class", None), "model_type", None)
+    if hasattr(cls, "load_config") or kind in ENCODERS or cls.__name__ == SAFETY_CHECKER: return cls
+    raise ValidationError(f"a {cls.__name__} is not supported: as encoders {', '.join(ENCODERS)} are",
+                          details={"folder": str(part), "class": cls.__name__})
 
 # %% ../../nbs/memory/01_configs.ipynb #5a1d7e07
 def meta(*shape: int, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
@@ -180,20 +213,11 @@ def meta(*shape: int, dtype: "torch.dtype | None" = None) -> "torch.Tensor":
     import torch
     return torch.empty(shape, device="meta", dtype=dtype or torch.bfloat16)
 
-def build_network(part: Path) -> Any:  # a network of diffusers or transformers
-    "A network as its class makes it from its configuration."
-    cls = network_class(part)
-    if hasattr(cls, "load_config"): return cls.from_config(cls.load_config(part))  # of diffusers
-    if cls.__name__ == "AutoModel":
-        config = class_in("transformers", "AutoConfig").from_pretrained(part)
-        return cls.from_config(config)
-    return cls(cls.config_class.from_pretrained(part))
-
 def meta_network(part: Path) -> Any:  # in bfloat16, on the meta device
-    "A network without weights."
+    "A network without weights, of diffusers or transformers."
     import torch
     installed = [library for library in ("transformers", "diffusers") if find_library(library)]
-    with quiet(*installed):
-        with torch.device("meta"): network = build_network(part)
+    with quiet(*installed), as_input():
+        with torch.device("meta"): network = build_network(network_class(part), part)
         if hasattr(network, "tie_weights"): network.tie_weights()
         return torch.nn.Module.to(network, "meta", torch.bfloat16).eval().requires_grad_(False)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ValidationError
-from .configs import meta, pipeline_kind, read_config
+from .configs import ENCODERS, meta, pipeline_kind, read_config
 from .tracing import tensors_in
 
 if TYPE_CHECKING:
@@ -167,8 +167,6 @@ def decode_call(vae: "AutoencoderKL", batch: int, height: int, width: int) -> Ru
     return decode_slices, [latents]
 
 # %% ../../nbs/memory/03_inputs.ipynb #5a1d7e08
-ENCODER_TYPES = ("clip", "siglip", "clip_text_model", "clip_vision_model", "t5")  # of a configuration's `model_type`
-
 def make_call(net: Any,  # a network of diffusers or transformers
               folder: Path,  # of its pipeline
               workload: Workload,
@@ -190,7 +188,7 @@ def make_call(net: Any,  # a network of diffusers or transformers
         inputs = DENOISERS[kind](net, batch, height, width, folder)
         return lambda: net(**inputs, return_dict=False), tensors_in(inputs)
     model_type = getattr(net.config, "model_type", "")
-    if model_type not in ENCODER_TYPES:
+    if model_type not in ENCODERS:
         supported = f"{', '.join(DENOISERS)}, AutoencoderKL, CLIP, SigLIP and T5"
         raise ValidationError(f"a {kind} is not supported: {supported} are", details={"class": kind})
     tokens = text_length(pipeline_kind(folder)) if model_type == "t5" else CLIP_TOKENS

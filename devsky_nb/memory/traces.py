@@ -20,7 +20,8 @@ from .inputs import latent_factor, make_call, set_switches, Switches, Workload
 from .tracing import describe_layers, Layer, Trace, trace_call
 
 # %% ../../nbs/memory/04_traces.ipynb #1d2e1616
-NOTES = ("_diffusers_version", "_name_or_path", "transformers_version")  # in a configuration; they change nothing
+NOTES = ("_diffusers_version", "_name_or_path", "transformers_version",
+         "quantization_config")  # in a configuration; they change nothing of a trace
 
 def trace_key(part: Path, workload: Workload, switches: Switches) -> str:  # 24 hexadecimal digits
     "A name for what a trace is made from."

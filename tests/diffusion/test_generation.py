@@ -1,5 +1,5 @@
 "QuantizedSDXLGenerator beyond its lesson: wrong arguments, seeds, failures, threads, and what a file keeps."
-import copy, gc, io, json, logging, os, pickle, resource, shutil, threading, weakref
+import copy, gc, io, json, logging, os, pickle, resource, shutil, subprocess, sys, threading, weakref, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -763,7 +763,7 @@ def test_offload_is_the_wish_of_one_generator(registry, offloading):
     plain, frugal = make(registry), make(registry, low_memory=True)
     expected = plain.generate(PROMPTS[0], seed=1, **FAST)
     offloaded = frugal.generate(PROMPTS[0], seed=1, **FAST)
-    assert offloaded.info["stepped_down"] == ["model offload", "VAE tiles of 32 px"] and is_offloaded(plain.pipeline)
+    assert offloaded.info["stepped_down"] == ["model offload", "VAE tiles of 32 px"] and is_offloaded(frugal.pipeline)
     again = plain.generate(PROMPTS[0], seed=1, **FAST)
     assert same(again, expected) and again.info == expected.info and not is_offloaded(plain.pipeline)
     assert not hasattr(plain.pipeline.unet, "_hf_hook") and same(offloaded, frugal.generate(PROMPTS[0], seed=1, **FAST))
@@ -787,8 +787,10 @@ def test_an_unlucky_generator_stays_offloaded_and_the_others_do_not(registry, of
 
 
 def test_a_generator_that_cannot_have_its_networks_back_works_offloaded(registry, offloading, monkeypatch):
-    plain, frugal = make(registry), make(registry, low_memory=True)
-    frugal.generate(PROMPTS[0], seed=1, **FAST)
+    plain, unlucky = make(registry), make(registry)
+    failures = iter([True])
+    with refusing(unlucky.pipeline.unet, torch.OutOfMemoryError("CUDA out of memory"), lambda x: next(failures, False)):
+        unlucky.generate(PROMPTS[0], seed=1, **FAST)
     move, calls = type(plain.pipeline.unet).to, []
     def full(network, *args, **kwargs):
         calls.append(1)
@@ -912,12 +914,15 @@ def test_a_fingerprint_is_read_once(tmp_path, monkeypatch):
     assert folder_fingerprint(folder) == first
 
 
+SETTINGS = {"software": "devsky_nb 1", "num_inference_steps": "3", "guidance_scale": "7.5", "width": "64", "height": "64",
+            "seed": "1", "stepped_down": "[]", "versions": "{}"}
 HOSTILE = {
     "no settings": {},
     "another program": {"software": "other", "seed": "1"},
-    "no json": {"software": "devsky_nb 1", "seed": "x"},
     "missing": {"software": "devsky_nb 1"},
-    "deep": {"software": "devsky_nb 1", "num_inference_steps": "[" * 100_000},
+    **{f"{what} for {name}": SETTINGS | {name: value} for name in ("seed", "guidance_scale", "versions", "stepped_down")
+       for what, value in {"no json": "x", "nothing": "", "deep": "[" * 100_000, "null": "null", "NaN": "NaN", "true": "true",
+                           "a text": '"1"', "a number of 5000 digits": "9" * 5000, "texts and numbers": '["a", 1]'}.items()},
 }
 
 
@@ -929,8 +934,129 @@ def test_files_of_others_are_refused(tmp_path, chunks):
     with pytest.raises(ValidationError, match="'a.png' has"): read_metadata(tmp_path / "a.png")
 
 
+def png(*chunks):
+    "A PNG with these chunks before its pixels."
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    data = buffer.getvalue()
+    pieces = [len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big") for kind, body in chunks]
+    return data[:33] + b"".join(pieces) + data[33:]
+
+
+def packed(size):
+    "Zeros that unfold to `size` bytes."
+    packer = zlib.compressobj(9)
+    return b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(size >> 20)), packer.flush()])
+
+
+BOMBS = {
+    "a text of 1 GB": lambda: png((b"zTXt", b"software\0\0" + packed(1 << 30))),
+    "an international text of 1 GB": lambda: png((b"iTXt", b"software\0\1\0\0\0" + packed(1 << 30))),
+    "a hundred texts of 1 MB": lambda: png(*[(b"zTXt", b"k%d\0\0" % i + packed(1 << 20)) for i in range(100)]),
+    "a profile of 1 GB": lambda: png((b"iCCP", b"p\0\0" + packed(1 << 30))),
+    "a text without an end": lambda: png((b"tEXt", b"software")),
+    "a text that is no zlib": lambda: png((b"zTXt", b"software\0\0not packed")),
+    "of another method": lambda: png((b"zTXt", b"software\0\7x")),
+    "a length of 4 GB": lambda: png()[:33] + b"\xff\xff\xff\xfftEXtsoftware",
+    "a billion pixels": lambda: png()[:16] + (2**30).to_bytes(4, "big") * 2 + png()[24:],
+    "cut": lambda: png()[:20], "empty": lambda: b"", "a text": lambda: b"this is text",
+}
+
+
+def test_a_file_that_is_no_image_of_ours_is_one_error_and_little_memory(tmp_path):
+    for i, make in enumerate(BOMBS.values()): (tmp_path / f"{i:02}.png").write_bytes(make())
+    code = ("import resource, sys; from pathlib import Path; from devsky_nb.diffusion.metadata import read_metadata\n"
+            "resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))\n"
+            "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
+            "    try: read_metadata(path)\n"
+            "    except ValueError as e: print(type(e).__name__, e)")
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
+    lines = out.stdout.splitlines()
+    assert len(lines) == len(BOMBS), out.stderr
+    for i, (what, line) in enumerate(zip(BOMBS, lines)): assert line.startswith(f"ValidationError '{i:02}.png' "), what
+
+
+def test_what_is_no_file_has_no_settings(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "link.png").symlink_to("nowhere")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    for name in ("pipe.png", "folder.png", "link.png", "zero.png"):
+        with pytest.raises(ValidationError, match=f"{name} cannot be read"): read_metadata(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match="no file 'none.png'"): read_metadata(tmp_path / "none.png")
+
+
 def test_what_is_no_image_is_refused(tmp_path):
     (tmp_path / "a.png").write_text("this is text")
     with pytest.raises(ValidationError, match="'a.png' is no image"): read_metadata(tmp_path / "a.png")
     (tmp_path / "cut.png").write_bytes(b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR")
     with pytest.raises(ValidationError): read_metadata(tmp_path / "cut.png")
+
+
+# --- wrong keywords, leases, copies
+
+MISTAKEN = {
+    "generator": (None, "use seed="), "num_images_per_prompt": (2, r"use generate_batch\(\[prompt\] \* n"),
+    "output_type": ("np", "numpy.asarray"), "callback_on_step_end": (print, "use callback="), "cfg_scale": (7, "guidance_scale="),
+    "size": (64, "width= and height="), "image": (None, "draws from texts"), "scheduler": (None, "generator.scheduler"),
+    "widht": (64, r"did you mean width=\?"), "quality": ("high", "there are "), "eta": (0., "there are "),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKEN)
+def test_a_keyword_of_another_library_is_told_from_ours(name, exact):
+    value, words = MISTAKEN[name]
+    calls = (lambda: exact.generate("a red dress", **FAST, **{name: value}),
+             lambda: exact.generate_stream(["a red dress"], **FAST, **{name: value}),
+             lambda: exact.generate_batch(["a red dress"], **FAST, **{name: value}))
+    for call in calls:
+        with pytest.raises(ValidationError, match=f"there is no {name}= here: .*{words}") as caught: call()
+        assert caught.value.details["argument"] == name
+
+
+def test_one_seed_or_several_is_said(exact):
+    with pytest.raises(ValidationError, match="no seeds= here: use seed="): exact.generate("a", seeds=[1], **FAST)
+    with pytest.raises(ValidationError, match="no seed= here: use seeds=, a list"): exact.generate_batch(["a"], seed=1, **FAST)
+
+
+@pytest.mark.parametrize("model", ["tiny-clip", "clip-vit-base", "siglip-base", locate_model("tiny-clip")])
+def test_what_is_no_sdxl_pipeline_is_one_error_before_anything_is_fetched(model, cache):
+    for call in (lambda: QuantizedSDXLGenerator(model, device="cpu", cache_dir=cache, offline=True),
+                 lambda: QuantizedSDXLGenerator(model, False, device="cpu", cache_dir=cache, offline=True),
+                 lambda: sdxl.load_sdxl_pipeline_with_quantization_v1(model, device="cpu", cache_dir=cache, offline=True)):
+        with pytest.raises(ValidationError, match="only Stable Diffusion XL pipelines|is no SDXL pipeline"): call()
+
+
+def test_who_misses_a_model_is_led_to_one_of_the_right_kind(cache):
+    with pytest.raises(ModelNotFoundError, match="only Stable Diffusion XL pipelines are drawn with: if it is one, "
+                                                 "`hf download stabilityai/sdxl-turbo.*--model tiny-sdxl") as caught:
+        QuantizedSDXLGenerator("stabilityai/sdxl-turbo", device="cpu", cache_dir=cache, offline=True)
+    assert "tiny-clip" not in str(caught.value) and caught.value.details["remedies"][1] == "--model tiny-sdxl"
+
+
+@pytest.mark.parametrize("at", ["model_identity", "turns_of", "precision_label", "keep_state"])
+def test_a_generator_that_cannot_be_made_leaves_no_lease(at, cache, monkeypatch):
+    registry = ModelRegistry(cache_dir=cache, offline=True)
+    def fail(*args): raise OSError(5, "Input/output error")
+    with monkeypatch.context() as m:
+        m.setattr(generation, at, fail)
+        with pytest.raises(OSError) as caught:
+            QuantizedSDXLGenerator("tiny-sdxl", False, device="cpu", dtype=torch.float32, registry=registry)
+    assert registry.unload("tiny-sdxl") > 0 and caught.value is not None  # the error is held, the lease is not
+
+
+def test_a_generator_says_that_it_is_not_to_be_copied(exact):
+    for make in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(MLError, match="cannot be pickled or copied.* make another"): make(exact)
+
+
+def test_a_folder_of_save_quantized_names_its_reader(cache, tmp_path):
+    from devsky_nb.diffusion.checkpoint import save_quantized
+    loaded = sdxl.load_sdxl_pipeline_with_quantization_v1("tiny-sdxl", device="cpu", cache_dir=cache, quantize_once=False)
+    folder = save_quantized(loaded, tmp_path / "quantized")
+    registry = ModelRegistry(cache_dir=cache, offline=True)
+    for call in (lambda: load_model(folder, device="cpu"), lambda: registry.get_model(folder, device="cpu"),
+                 lambda: QuantizedSDXLGenerator(folder, device="cpu", registry=registry),
+                 lambda: QuantizedSDXLGenerator(folder, False, device="cpu", registry=registry),
+                 lambda: sdxl.load_sdxl_pipeline_with_quantization_v2(folder, device="cpu", registry=registry)):
+        with pytest.raises(ValidationError, match="'quantized' is quantized already: read it with load_quantized"): call()

@@ -25,8 +25,8 @@ SMALL = {"width": 32, "height": 32}
 
 
 @pytest.fixture(scope="module")
-def loaded():
-    return load_model("tiny-sdxl", device="cpu", dtype=torch.float32)
+def loaded(device):
+    return load_model("tiny-sdxl", device=device, dtype=torch.float32)
 
 
 @pytest.fixture
@@ -103,6 +103,7 @@ def test_differences(a, b, gap):
     assert difference(np.array(a), np.array(b)) == gap
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("name", NAMES)
 def test_every_switch_does_what_it_says_and_goes_back_to_the_last_bit(pipeline, image, name):
     if name == "compiled blocks" and codecs.lookup(locale.getpreferredencoding(False)).name == "ascii":
@@ -111,6 +112,9 @@ def test_every_switch_does_what_it_says_and_goes_back_to_the_last_bit(pipeline, 
     if name == "SDPA attention": pipeline.unet.set_default_attn_processor()
     before, technique = copy.deepcopy(pipeline), named(name)
     drawn = draw_probe(pipeline, 32, 32)
+    if name == "model offload" and task.device == "mps":
+        assert "compute in the main memory" in technique.obstacle(task)
+        return
     assert technique.obstacle(task) is None
     on, back = technique.switch(task)
     on()
@@ -123,11 +127,11 @@ def test_every_switch_does_what_it_says_and_goes_back_to_the_last_bit(pipeline, 
     assert np.array_equal(draw_probe(pipeline, 32, 32), drawn)
 
 
-def test_in_half_precision_the_vae_stays_in_float32(pipeline):
+def test_in_half_precision_the_vae_goes_along(pipeline):
     size, report = model_bytes(pipeline), optimize(pipeline, techniques=["half precision"], **SMALL)
     assert 0 < report.applied["half precision"] == report.difference < CLOSE
     assert (pipeline.unet.dtype, pipeline.text_encoder.dtype, pipeline.vae.dtype) == \
-        (torch.bfloat16, torch.bfloat16, torch.float32)
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16)
     assert model_bytes(pipeline) < .6 * size
 
 
@@ -162,14 +166,14 @@ def test_for_speed_half_precision_is_taken_where_the_processor_computes_in_it(pi
     if not bfloat16: assert report.skipped["half precision"] == f"worth trying on {BF16_CPU}, cuda, mps only"
 
 
-@pytest.mark.parametrize("device, speed_up, save", [
+@pytest.mark.parametrize("place, speed_up, save", [
     ("cpu", {"SDPA attention"}, {"SDPA attention", "VAE slicing", "VAE tiling"}),
     ("mps", {"SDPA attention", "half precision"}, {"SDPA attention", "VAE slicing", "VAE tiling"}),
     ("cuda:0", {"SDPA attention", "half precision", "channels_last", "compiled blocks"},
      {"SDPA attention", "VAE slicing", "VAE tiling", "model offload"})])
-def test_which_switches_are_worth_trying_where(pipeline, monkeypatch, device, speed_up, save):
+def test_which_switches_are_worth_trying_where(pipeline, monkeypatch, place, speed_up, save):
     monkeypatch.setattr(speed, "computes_bfloat16", lambda: False)
-    monkeypatch.setattr(speed, "where_it_runs", lambda pipeline: device)
+    monkeypatch.setattr(speed, "where_it_runs", lambda pipeline: place)
     pipeline.enable_attention_slicing()
     for goal, expected in (("speed", speed_up), ("memory", save)):
         task = Task(pipeline, goal, width=128, height=128, batch=2)
@@ -208,6 +212,7 @@ def test_small_differences_that_add_up_are_refused(pipeline):
     assert "differs by 0.16" in report.skipped["VAE tiling"]
 
 
+@pytest.mark.device
 def test_a_pipeline_that_fails_with_a_switch_gets_it_back(pipeline):
     def probe():
         if pipeline.vae.use_slicing: raise RuntimeError("no slices")
@@ -304,6 +309,7 @@ def test_a_report_is_plain_data_and_names_every_switch(pipeline):
     assert all(name in repr(report) and name in report._repr_html_() for name in NAMES)
 
 
+@pytest.mark.device
 def test_the_pipeline_is_given_back_as_it_was_but_for_the_switches(pipeline):
     scheduler, bar = pipeline.scheduler, dict(pipeline._progress_bar_config)
     optimize(pipeline, "memory", **SMALL)

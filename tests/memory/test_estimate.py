@@ -364,3 +364,122 @@ def test_the_command(capsys):
     assert json.loads(capsys.readouterr().out)["fits"]
     assert main(["plan", "tiny-sdxl", "--budget", "70MB"]) == 1 and "nothing fits" in capsys.readouterr().out
     assert main(["plan", "sdlx-base", "--budget", "8GB"]) == 2 and "did you mean 'sdxl-base'" in capsys.readouterr().err
+
+
+# --- what a folder says of itself
+
+BITS = {"int8": {"load_in_8bit": True}, "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        "fp4": {"load_in_4bit": True}, "nf4-dq": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4",
+                                                  "bnb_4bit_use_double_quant": True}}
+
+
+def with_settings(folder, settings, *parts, alias="sdxl-base"):
+    "The configuration of a model, some of whose networks are quantized in the files."
+    shutil.copytree(CONFIGS / alias, folder)
+    for part in parts:
+        file = folder / part / "config.json"
+        about = json.loads(file.read_text(encoding="utf-8")) | {"quantization_config": settings}
+        file.write_text(json.dumps(about), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("label", BITS)
+def test_weights_that_are_packed_in_the_files_are_counted_so(label, tmp_path):
+    own = estimate_vram(with_settings(tmp_path / "m", {"quant_method": "bitsandbytes"} | BITS[label], "unet"))
+    asked = estimate_vram("sdxl-base", quant=label, quant_components=["unet"])
+    assert own.loaded == asked.loaded and own.by_phase["denoise"] == asked.by_phase["denoise"]
+    assert own.by_component == asked.by_component and f"unet is {label} already" in str(own)
+    assert own.by_phase["load"] <= asked.by_phase["load"] < estimate_vram("sdxl-base").by_phase["load"]
+    texts = estimate_vram(tmp_path / "m", quant="nf4")  # the others can be quantized still
+    assert texts.by_component["unet"] == own.by_component["unet"]
+    assert texts.by_component["text_encoder"] < own.by_component["text_encoder"]
+    with pytest.raises(ValidationError, match="unet is .* already, as its config.json says"):
+        estimate_vram(tmp_path / "m", quant="int8" if label != "int8" else "nf4", quant_components=["unet"])
+
+
+def test_layers_that_were_left_in_full_are_counted_in_full(tmp_path):
+    settings = BITS["nf4"] | {"llm_int8_skip_modules": ["down_blocks", "conv_in"]}
+    some = estimate_vram(with_settings(tmp_path / "some", settings, "unet")).by_component["unet"]
+    every = estimate_vram(with_settings(tmp_path / "all", BITS["nf4"], "unet")).by_component["unet"]
+    assert every < some < estimate_vram("sdxl-base").by_component["unet"]
+
+
+def test_a_plan_for_packed_weights_packs_what_is_left(tmp_path):
+    folder = with_settings(tmp_path / "m", BITS["nf4"], "unet")
+    plan = plan_vram(folder, "24GB")
+    for option in plan.options:
+        if option.estimate.setup.quant: assert "'unet'" not in option.code.partition("quant_kwargs")[0]
+    everything = with_settings(tmp_path / "all", BITS["nf4"], "unet", "text_encoder", "text_encoder_2")
+    assert {option.estimate.setup.quant for option in plan_vram(everything, "24GB").options} == {None}
+
+
+REFUSED = {
+    "gptq": {"quant_method": "gptq", "bits": 4}, "torchao": {"quant_method": "torchao", "quant_type": "int4wo"},
+    "awq": {"quant_method": "awq", "bits": 4}, "a text": "nf4", "a list": [4], "no bits": {"quant_method": "bitsandbytes"},
+    "bits of another type": {"load_in_4bit": "yes"}, "nf5": BITS["nf4"] | {"bnb_4bit_quant_type": "nf5"},
+    "double of another type": BITS["nf4"] | {"bnb_4bit_use_double_quant": "no"},
+    "skipped of another type": BITS["nf4"] | {"llm_int8_skip_modules": "conv_in"}, "true": True,
+    "deep": json.loads('{"quant_method":' * 40 + "1" + "}" * 40),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_counted_is_refused_by_its_name(what, tmp_path):
+    folder = with_settings(tmp_path / "m", REFUSED[what], "unet")
+    for ask in (lambda: estimate_vram(folder), lambda: plan_vram(folder, "24GB"), lambda: estimate_vram(folder / "unet")):
+        with pytest.raises(ValidationError) as caught: ask()
+        assert "unet" in str(caught.value) and (what not in ("gptq", "torchao", "awq") or what in str(caught.value))
+
+
+@pytest.mark.parametrize("alias,kind", [
+    ("flux1-dev", "FluxKontextPipeline"), ("flux1-dev", "FluxFillPipeline"), ("sd15", "StableDiffusionControlNetPipeline"),
+    ("sdxl-base", "StableDiffusionXLInstructPix2PixPipeline"), ("sd3-medium", "StableDiffusion3InpaintPipeline"),
+    ("sdxl-base", "StableVideoDiffusionPipeline"), ("sdxl-base", "StableDiffusionXLPAGPipeline")])
+def test_a_pipeline_whose_memory_is_not_known_is_refused(alias, kind, tmp_path):
+    folder = with_settings(tmp_path / "m", None, alias=alias)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) | {"_class_name": kind}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    for ask in (lambda: estimate_vram(folder), lambda: plan_vram(folder, "24GB")):
+        with pytest.raises(ValidationError, match=f"what a {kind} takes is not known"): ask()
+    denoiser = folder / ("unet" if (folder / "unet").exists() else "transformer")
+    assert estimate_vram(denoiser).loaded > 2**30
+
+
+@pytest.mark.parametrize("alias,kind", [("sdxl-base", "StableDiffusionXLImg2ImgPipeline"),
+                                        ("sdxl-base", "StableDiffusionXLInpaintPipeline"),
+                                        ("sd15", "StableDiffusionInpaintPipeline")])
+def test_a_pipeline_that_begins_with_an_image_says_how_it_is_counted(alias, kind, tmp_path):
+    folder = with_settings(tmp_path / "m", None, alias=alias)
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) | {"_class_name": kind}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    found = estimate_vram(folder)
+    assert f"a {kind} is counted as text-to-image" in str(found) + found._repr_html_()
+    assert f"a {kind} is counted as text-to-image" in json.dumps(found.to_dict())
+    code = plan_vram(folder, "24GB").best.code
+    assert ("mask_image=" in code) == ("Inpaint" in kind) and 'image=load_image("image.png")' in code
+
+
+def test_to_encode_an_image_takes_less_than_to_decode_it():
+    from devsky_nb.memory.configs import meta, meta_network
+    from devsky_nb.memory.tracing import trace_call
+    for alias, side in (("sdxl-base", 1024), ("sd15", 512)):
+        vae = meta_network(CONFIGS / alias / "vae")
+        latents, image = meta(1, 4, side // 8, side // 8), meta(1, 3, side, side)
+        peaks = []
+        for run, given in ((lambda: vae.encode(image, return_dict=False), image),
+                           (lambda: vae.decode(latents, return_dict=False), latents)):
+            trace = trace_call(vae, run, [given], "sdpa")
+            peaks.append(int((trace.live(4) + trace.workspace(4)).max()))
+        assert peaks[0] < .8 * peaks[1]
+
+
+def test_a_folder_of_save_quantized_is_counted_as_it_is_loaded(tmp_path):
+    from devsky_nb.diffusion.checkpoint import save_quantized
+    from devsky_nb.diffusion.sdxl import load_sdxl_pipeline_with_quantization_v1 as load_v1
+    for label, options in (("nf4-dq", {}), ("int8", {"use_4bit": False})):
+        pipeline = load_v1("tiny-sdxl", device="cpu", cache_dir=tmp_path / "hub", quantize_once=False, **options)
+        folder = save_quantized(pipeline, tmp_path / label)
+        found = estimate_vram(folder, "fp32", device="cpu")
+        measured = {part.name: part.bytes_after for part in pipeline.load_report.parts}
+        for name, size in measured.items(): assert abs(found.by_component[name] / size - 1) < .01, name
+        assert f"unet is {label} already" in str(found)

@@ -20,15 +20,15 @@ FAST = {"num_inference_steps": 3, "width": 64, "height": 64}
 exact = pytest.mark.skipif(not ProcessMeter().exact, reason="this system does not let a process reset its highest use")
 
 
-def load():
-    pipeline = load_model("tiny-sdxl", device="cpu", dtype=torch.float32)
+def load(device="cpu"):
+    pipeline = load_model("tiny-sdxl", device=device, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    pipeline = load()
+def pipeline(device):
+    pipeline = load(device)
     draw(pipeline)  # what it takes only once is none of the peaks below
     return pipeline
 
@@ -63,6 +63,7 @@ def near(measured, mib):
 
 # phases of a pipeline
 
+@pytest.mark.device
 def test_phases_of_a_real_run_come_in_order_and_do_not_overlap(pipeline):
     with VramMonitor(pipeline, interval=.002) as m: draw(pipeline); draw(pipeline, num_inference_steps=1)
     t = m.timeline
@@ -114,6 +115,7 @@ def test_what_happens_after_a_step_that_failed_is_no_part_of_denoising(pipeline)
     assert m.timeline.peaks["denoise"] < 60 * MIB < 90 * MIB < m.timeline.peak
 
 
+@pytest.mark.device
 def test_every_hook_is_gone_afterwards_and_the_picture_is_the_same(pipeline):
     before, plain = hooks(pipeline), draw(pipeline)
     with VramMonitor(pipeline) as m:
@@ -125,6 +127,7 @@ def test_every_hook_is_gone_afterwards_and_the_picture_is_the_same(pipeline):
     assert len(m.timeline.spans) == 3
 
 
+@pytest.mark.device
 @pytest.mark.parametrize("where", ["encode", "denoise", "decode", "between"])
 def test_every_hook_is_gone_after_an_exception(pipeline, where):
     before = hooks(pipeline)
@@ -190,8 +193,9 @@ def test_a_quantized_pipeline_and_its_generator(tmp_path):
     assert [p for p, *_ in m.timeline.spans] == PHASES
 
 
-def test_the_pipeline_is_not_kept_alive():
-    pipeline = load()
+@pytest.mark.device
+def test_the_pipeline_is_not_kept_alive(device):
+    pipeline = load(device)
     refs = [weakref.ref(o) for o in (pipeline, pipeline.unet, pipeline.vae)]
     m = VramMonitor(pipeline)
     with m: draw(pipeline)
