@@ -170,3 +170,24 @@ def test_a_machine_without_bitsandbytes_is_no_broken_one(monkeypatch):
     assert finding.severity == "info" and "pip install 'devsky_nb[diffusion]'" in finding.fix
     versions = check_environment(select=["DSK101"])
     assert not any("bitsandbytes" in f.message for f in versions if f.severity == "pass")
+
+
+def test_the_registry_and_the_revision_decide_which_model_is_meant(tmp_path):
+    from devsky_nb import ModelRegistry, ModelSpec
+    registry = ModelRegistry(tmp_path / "hub", offline=True)
+    [unknown] = check_environment(model="shop-clip", budget="1GB", select=["DSK108"], registry=registry)
+    assert unknown.severity == "error" and "shop-clip" in unknown.message
+    registry.register(ModelSpec("shop-clip", "devsky_nb/tiny-clip", "clip", "apache-2.0"))
+    [known] = check_environment(model="shop-clip", budget="1GB", select=["DSK108"], registry=registry)
+    assert known.severity == "pass" or "shop-clip" in known.message
+    [missing] = check_environment(model="clip-vit-base", revision="c" * 40, select=["DSK108"], cache_dir=tmp_path / "hub")
+    assert missing.severity in ("error", "pass")
+    for wrong in ({"registry": "x"}, {"registry": registry, "cache_dir": tmp_path}, {"revision": "main"}):
+        with pytest.raises(ValidationError): check_environment(**wrong)
+
+
+@pytest.mark.parametrize("path", [None, 3, b"x", ["a"], ""])
+def test_what_is_no_path_is_said(path):
+    from devsky_nb import fix_source, scan_source
+    for look in (scan_source, fix_source):
+        with pytest.raises(ValidationError, match="expected a path"): look(path)

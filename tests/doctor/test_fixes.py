@@ -52,13 +52,15 @@ def test_a_fix_leaves_the_rest_of_a_notebook_alone(style, as_lines, tmp_path):
 
     output = new_output("stream", text="torch_dtype 😀\n")
     cells = [new_markdown_cell("torch_dtype=é"), new_code_cell(FIXABLE, id="keep-me", outputs=[output]),
-             new_code_cell("%time pipe.enable_vae_slicing()")]
+             new_code_cell("!pip install x\n%time pipe.enable_vae_slicing()  # é\nout = %timeit -o -n 3 pipe.enable_vae_tiling()")]
     nb = json.loads(nbformat.writes(new_notebook(cells=cells)))
     for cell in nb["cells"]: cell["source"] = stored("".join(cell["source"]))
     file = tmp_path / "a.ipynb"
     file.write_text(json.dumps(nb, **style) + "\n\n", encoding="utf-8")
-    assert len(fix_source(file)) == 4
+    assert len(fix_source(file)) == 6
     nb["cells"][1]["source"] = stored(FIXED)
+    magics = "!pip install x\n%time pipe.vae.enable_slicing()  # é\nout = %timeit -o -n 3 pipe.vae.enable_tiling()"
+    nb["cells"][2]["source"] = stored(magics)
     assert file.read_text(encoding="utf-8") == json.dumps(nb, **style) + "\n\n"
     assert fix_source(file) == []
 

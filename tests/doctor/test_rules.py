@@ -563,9 +563,11 @@ def test_values_that_grow_end_in_a_limited_number_of_events(scan):
 
 def test_calls_add_a_limited_number_of_events():
     body = "\n".join(["  torch.load(name)"] * 200)
-    calls = "\n".join(f"read('{i}.pt')" for i in range(100))
+    calls = "\n".join(f"read('{i}.pt')" for i in range(200))
     events, _ = events_of(source_of(f"import torch\ndef read(name):\n{body}\n{calls}\n"))
-    assert 5_000 < len(events) < 6_000, "200 in the body, 200 about its calls, and 5,000 of 20,000 in it"
+    count = len(events)
+    assert 20_000 < count < 21_500, "400 in the body, 400 about its calls, and 20,000 of 40,000 in it"
+    assert [e.node.lineno for e in events if e.kind == "limit"] == [303]
 
 
 # ---- comments and choices ----

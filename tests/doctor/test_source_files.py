@@ -52,7 +52,7 @@ UNREADABLE = [
     ("a.py", b"x = 1\0", "null bytes"),
     ("a.py", b"(" * 10_000, "nested"),
     ("a.py", b"x = " + b"-" * 200_000 + b"1", "nested too deeply"),
-    ("a.py", b"#" * 3_000_000, "too large"),
+    ("a.py", b"#" * 3_000_000, "more than 2.0 MiB"),
     ("a.ipynb", b"", "no notebook"),
     ("a.ipynb", b"[]", "no list of cells"),
     ("a.ipynb", b'{"cells": 3}', "no list of cells"),
