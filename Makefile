@@ -8,7 +8,7 @@ PIP    := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versio
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 unexport PYTHONDONTWRITEBYTECODE  # pip compiles nothing: what is used is compiled once, on first use
 
-.PHONY: help run test test-min types slow browser docs planner dist traces lab prepare bench clean
+.PHONY: help run test test-min types slow browser docs planner dist traces lab prepare bench gpu clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -19,6 +19,7 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 -m "not slow"
+	printf '%s\n' cuda cuda:2 mps | OMP_NUM_THREADS=1 xargs -P 2 -I GPU python -m pytest -q -m device --pretend GPU $$(grep -rl --include='*.py' mark.device tests)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
 
 test-min: .venv-min/done  ## the tests with the oldest libraries that settings.ini allows
@@ -62,6 +63,9 @@ bench: .venv/bench .venv-peers/done  ## the side-by-side measurements in benchma
 	python benchmarks/quantize_once.py
 	python benchmarks/monitor.py
 	python benchmarks/performance.py
+
+gpu: .venv/run  ## what only a GPU can show, in ten minutes; benchmarks/gpu.md tells how to send the result in
+	python benchmarks/gpu.py --out benchmarks/gpu.json
 
 clean:  ## remove the environment and everything generated beside the sources
 	rm -rf .venv .venv-min .venv-peers .mypy_cache demo build dist _proc _docs *.egg-info nbs/nbdev.yml nbs/sidebar.yml

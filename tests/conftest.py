@@ -10,9 +10,28 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGIN
 LONG = ("test_ray.py", "test_estimate.py", "test_bulk.py", "test_precision.py", "test_benchmarks.py", "test_quantization.py", "test_cli.py")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--pretend", metavar="GPU", help="run as on a machine with a GPU: cuda, cuda:2 (two of them) or mps; see pretended_gpu.py")
+
+
+def pytest_configure(config):
+    if not config.getoption("--pretend"): return
+    from pretended_gpu import pretend
+    machine = pretend(config.getoption("--pretend"))
+    machine.__enter__()
+    config.add_cleanup(lambda: machine.__exit__(None, None, None))
+
+
 def pytest_collection_modifyitems(items):
     "Files that take long go first: a worker takes whole files, and none should be left alone with a long one at the end."
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+@pytest.fixture(scope="session")
+def device(request):
+    "Where a test marked `device` runs: on the last of the pretended GPUs, else on the CPU."
+    kind, _, count = (request.config.getoption("--pretend") or "cpu").partition(":")
+    return f"{kind}:{int(count) - 1}" if count else kind
 
 
 @pytest.fixture(scope="session")
