@@ -6,15 +6,15 @@
 __all__ = ['main']
 
 # %% ../nbs/03_cli.ipynb #cb549a4f
-import argparse, errno, json, sys, warnings
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
+import argparse, builtins, errno, io, json, os, sys, tempfile, traceback, warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
-from typing import Any, TYPE_CHECKING
+from typing import Any, TextIO, TYPE_CHECKING
 
 import devsky_nb
-from ._core import check_choice, parse_bytes
-from .errors import DevSkyyError, FileNotFoundError, ValidationError
+from ._core import check_choice, name_text, parse_bytes, write_atomically
+from .errors import DevSkyyError, FileNotFoundError, ModelNotFoundError, ValidationError
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -22,20 +22,55 @@ if TYPE_CHECKING:
     from devsky_nb.embedding.embedder import CLIPImageEmbedder
     from devsky_nb.hub.registry import ModelRegistry
 
+# %% ../nbs/03_cli.ipynb #5712ea01
+def discard(stream: TextIO) -> None:
+    "Send what is still to come on a stream nowhere."
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def flush(stream: TextIO) -> None:
+    "Write what is held back, unless nobody reads it."
+    try: stream.flush()
+    except BrokenPipeError: discard(stream)
+
+
+@contextmanager
+def streams_that_take_anything() -> Iterator[None]:
+    "Escape what standard output and standard error cannot write; the streams are as before afterwards."
+    for name, mode in ("stdin", "r"), ("stdout", "w"), ("stderr", "w"):  # this order gives them their numbers
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    streams = [(s, s.errors) for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
+    for stream, _ in streams: stream.reconfigure(errors="backslashreplace")
+    try: yield
+    finally:
+        for stream, errors in streams:
+            try: stream.reconfigure(errors=errors or "strict")
+            except OSError: discard(stream)
+
 # %% ../nbs/03_cli.ipynb #82916090
+def say(text: str) -> None:
+    "Print on standard output, at once."
+    try: print(text, flush=True)
+    except BrokenPipeError: discard(sys.stdout)
+
+
 def emit(result: Any,  # has `to_dict`, or is a dict or a list of plain data
          as_json: bool,
          ) -> None:
     "Print a result for a person or for a program."
     if as_json:
         data = result.to_dict() if hasattr(result, "to_dict") else result
-        print(json.dumps(data, indent=2, default=str))
+        say(json.dumps(data, indent=2, default=str))
     elif hasattr(result, "print"):
-        result.print()
+        try: result.print()
+        except SystemExit: pass  # how rich says that nobody reads any more
+        flush(sys.stdout)
     elif isinstance(result, dict):
-        for name, value in result.items(): print(f"{name}: {value}")
+        say("\n".join(f"{name}: {value}" for name, value in result.items()))
     else:
-        print(result if isinstance(result, str) else repr(result))  # all of it, where `str` is the first line
+        say(result if isinstance(result, str) else repr(result))  # all of it, where `str` is the first line
 
 # %% ../nbs/03_cli.ipynb #15c10003
 Command = Callable[[argparse.Namespace], int]  # returns the exit status
@@ -55,13 +90,20 @@ def add_action(actions: "argparse._SubParsersAction[argparse.ArgumentParser]", n
     parser = actions.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    add_debug(parser, argparse.SUPPRESS)
     return parser
+
+def add_debug(parser: argparse.ArgumentParser, default: Any) -> None:
+    "Before the command and after it."
+    parser.add_argument("--debug", action="store_true", default=default,
+                        help="show the traceback of an error (also: DEVSKY_DEBUG=1)")
 
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `devsky`."
     about = "Hugging Face models in production: embed, validate, generate, and keep models in order."
     parser = argparse.ArgumentParser("devsky", description=about)
     parser.add_argument("--version", action="version", version=devsky_nb.__version__)
+    add_debug(parser, os.environ.get("DEVSKY_DEBUG", "") not in ("", "0"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, options, has_actions) in COMMANDS.items():
         text = function.__doc__ or ""
@@ -72,20 +114,45 @@ def make_parser() -> argparse.ArgumentParser:
 
 # %% ../nbs/03_cli.ipynb #d707cbbf
 DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+BUG = "This is a mistake of devsky's: report it with the traceback, which the same call prints with --debug"
 
-def fail(error: DevSkyyError, as_json: bool, status: int | None = None) -> int:  # the exit status
+def as_error(error: Exception) -> DevSkyyError:
+    "Any exception as an error of ours."
+    if isinstance(error, DevSkyyError): return error
+    if isinstance(error, OSError) and error.errno is not None:  # what the operating system refused
+        where = f": {name_text(error.filename)!r}" if isinstance(error.filename, str) else ""
+        return DevSkyyError(f"{error.strerror}{where}. Name another place, or make it usable",
+                            error_code=type(error).__name__, details={"path": error.filename}, original_error=error)
+    return DevSkyyError(f"unexpected {type(error).__name__}: {error!s:.300}. {BUG}",
+                        error_code=type(error).__name__, original_error=error)
+
+def exit_status(error: Exception) -> int:
+    "2: the call cannot be carried out as it was given; 3: it failed."
+    if isinstance(error, (ValidationError, FileNotFoundError, ModelNotFoundError)): return 2
+    if isinstance(error, OSError) and error.errno is not None: return 3 if error.errno in DISK_TROUBLE else 2
+    return 3
+
+def on_one_line(text: str) -> str:
+    "Text without line ends and without what a terminal would obey."
+    words = " ".join(text.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
+
+def fail(error: Exception, args: argparse.Namespace) -> int:  # the exit status
     "Report an error."
-    if as_json: print(json.dumps({"error": error.to_dict()}, indent=2, default=str))
-    print(f"devsky: {error}", file=sys.stderr)
-    if status is not None: return status
-    return 2 if isinstance(error, (ValidationError, FileNotFoundError)) else 1
+    told = as_error(error)
+    if args.debug: traceback.print_exception(error)
+    print(f"devsky: {on_one_line(str(told))}", file=sys.stderr, flush=True)
+    if args.json: say(json.dumps({"error": told.to_dict()}, indent=2, default=str))
+    return exit_status(error)
 
-def from_os_error(error: OSError) -> DevSkyyError:
-    "What the operating system refused, as an error of ours."
-    why = error.strerror or str(error)
-    where = f": {str(error.filename)!r}" if error.filename else ""
-    return DevSkyyError(f"{why}{where}. Name another place, or make it usable", error_code=type(error).__name__,
-                        details={"path": error.filename and str(error.filename)}, original_error=error)
+# %% ../nbs/03_cli.ipynb #5712ea04
+def run(args: argparse.Namespace) -> int:  # the exit status
+    "Do what a command does, until its output is out."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow finds odd is in the records
+        status = COMMANDS[args.command][0](args)
+    flush(sys.stdout)
+    return status
 
 # %% ../nbs/03_cli.ipynb #9e48cb32
 def main(argv: list[str] | None = None,  # None: those of the process
@@ -101,26 +168,46 @@ def main(argv: list[str] | None = None,  # None: those of the process
     Raises:
         SystemExit: the arguments are not those of a command, or ask for help.
     """
-    args = make_parser().parse_args(argv)
-    run = COMMANDS[args.command][0]
+    with streams_that_take_anything():
+        args = make_parser().parse_args(argv)
+        try:
+            try: return run(args)
+            except Exception as e: return 141 if isinstance(e, BrokenPipeError) else fail(e, args)
+        except BrokenPipeError:  # of the message
+            return 141
+        except KeyboardInterrupt:
+            print("devsky: interrupted; the same command goes on from here", file=sys.stderr)
+            return 130
+
+# %% ../nbs/03_cli.ipynb #5712ea07
+def file_path(text: str) -> Path:
+    "A path on the command line."
+    if text: return Path(text)
+    raise argparse.ArgumentTypeError("an empty path: is a variable not set? The current folder is '.'")
+
+def check_place(option: str,  # that named it
+                path: Path,
+                is_folder: bool,
+                ) -> None:
+    "Refuse a file or folder that cannot be written, before any work."
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"PIL\.")  # what Pillow finds odd is in the records
-            return run(args)
-    except DevSkyyError as e:
-        return fail(e, args.json)
-    except BrokenPipeError:
-        sys.stderr.close()
-        return 0
-    except OSError as e:
-        return fail(from_os_error(e), args.json, status=1 if e.errno in DISK_TROUBLE else 2)
-    except KeyboardInterrupt:
-        print("devsky: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        try: os.stat(path)
+        except builtins.FileNotFoundError: pass  # it is to be made
+        if path.exists() and path.is_dir() != is_folder:
+            raise OSError(errno.EISDIR, "it is a file" if is_folder else "it is a folder")
+        if not is_folder and path.exists() and not os.access(path, os.W_OK):
+            raise PermissionError(errno.EACCES, "it is write-protected")
+        near = path if is_folder else path.resolve().parent
+        while not near.exists(): near = near.parent
+        tempfile.TemporaryDirectory(prefix=".devsky-", dir=near).cleanup()
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise ValidationError(f"{option}={name_text(path)!r} cannot be written: {why}. Name another place",
+                              details={"path": str(path)}, original_error=e) from e
 
 # %% ../nbs/03_cli.ipynb #15c10008
 def demo_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR",
+    parser.add_argument("--out", type=file_path, default=Path("demo"), metavar="DIR",
                         help="where to write (default: %(default)s)")
     parser.add_argument("--images", type=int, default=24, metavar="N",
                         help="files in the catalogue, at least 14 (default: %(default)s)")
@@ -130,6 +217,8 @@ def demo_options(parser: argparse.ArgumentParser) -> None:
 @command(demo_options)
 def demo(args: argparse.Namespace) -> int:
     "Generate a catalogue with a 4-bit SDXL, break some files, check it, and write the report."
+    check_place("--out", args.out, is_folder=True)
+
     def draw(captions: list[str]) -> "Sequence[Image.Image]":
         seeds = [args.seed + i for i in range(len(captions))]
         with devsky_nb.QuantizedSDXLGenerator("tiny-sdxl", device="cpu", quantize_once=False) as generator:
@@ -148,7 +237,7 @@ def demo(args: argparse.Namespace) -> int:
 def add_hub_options(parser: argparse.ArgumentParser) -> None:
     "What every command takes that asks the registry for a model."
     parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of the model (default: as locked)")
-    parser.add_argument("--cache-dir", metavar="DIR", help="Hub cache (default: the usual one)")
+    parser.add_argument("--cache-dir", type=file_path, metavar="DIR", help="Hub cache (default: the usual one)")
     parser.add_argument("--offline", action="store_true", default=None, help="never fetch a model")
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -156,9 +245,9 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="clip-vit-base", metavar="NAME",
                         help="alias, Hub id or folder; tiny-clip is always there (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N",
-                        help="images per run of the model (default: %(default)s)")
-    parser.add_argument("--root", type=Path, metavar="DIR", help="refuse images outside this folder")
+    parser.add_argument("--batch-size", type=int, metavar="N",
+                        help="images per run of the model (default: 32 on a CPU, 128 on a GPU)")
+    parser.add_argument("--root", type=file_path, metavar="DIR", help="refuse images outside this folder")
     add_hub_options(parser)
 
 def make_embedder(args: argparse.Namespace, **kwargs: Any) -> "CLIPImageEmbedder":
@@ -169,9 +258,10 @@ def make_embedder(args: argparse.Namespace, **kwargs: Any) -> "CLIPImageEmbedder
 
 # %% ../nbs/03_cli.ipynb #15c10009
 def embed_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="folder of images, Parquet files or tar shards; one such file; "
-                                                         "or a pattern such as 'shards/{000..099}.tar'")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR",
+    parser.add_argument("source", metavar="SOURCE", help="folder of images, Parquet files or tar shards; one such file; a "
+                                                         "list (.json, .jsonl, .csv, .tsv, .txt); or a pattern such as "
+                                                         "'shards/{000..099}.tar'")
+    parser.add_argument("--out", type=file_path, required=True, metavar="DIR",
                         help="folder for the Parquet files; what an earlier run left there is used again")
     parser.add_argument("--anew", action="store_true", help="use nothing of an earlier run, and replace it")
     parser.add_argument("--engine", default="local", help="local or ray (default: %(default)s)")
@@ -192,6 +282,7 @@ def embed(args: argparse.Namespace) -> int:
     from devsky_nb.embedding.ray import RayEngine
     from devsky_nb.images.sources import open_source
     engine = RayEngine() if check_choice("engine", args.engine, ("local", "ray")) == "ray" else "local"
+    check_place("--out", args.out, is_folder=True)
     source = open_source(args.source, args.column, args.id_column)
     embedder = make_embedder(args, output=args.output, precision=args.precision)
     with redirect_stdout(sys.stderr):  # Ray says there what happens to its workers
@@ -201,40 +292,30 @@ def embed(args: argparse.Namespace) -> int:
     emit(report, args.json)
     return 0 if report.embedded else 1
 
-# %% ../nbs/03_cli.ipynb #a4d3b431
-def read_image_set(source: Path, labels_from_folders: bool = False) -> Any:  # as `check_image_set` takes it
-    "The image set that a folder or a JSON file describes."
-    from devsky_nb.validation.report import folder_image_set
-    if source.is_dir() or not source.exists(): return folder_image_set(source, labels_from_folders)
-    try:
-        image_set = json.loads(source.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as e:
-        raise ValidationError(f"{str(source)!r} is neither a folder nor an image set in JSON: {e}",
-                              details={"path": str(source)}, original_error=e) from e
-    entries = image_set.get("images", []) if isinstance(image_set, dict) else []
-    for entry in entries if isinstance(entries, list) else []:
-        if isinstance(entry, dict) and isinstance(entry.get("path"), str):
-            entry["path"] = str(source.parent / entry["path"])
-    return image_set
-
 # %% ../nbs/03_cli.ipynb #15c1000c
 def validate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder of images, or image set as JSON")
-    parser.add_argument("--contract", type=Path, metavar="YAML", help="what the set must fulfil")
+    parser.add_argument("source", type=file_path, metavar="SOURCE",
+                        help="folder of images, or a list of them: .json, .jsonl, .csv, .tsv or .txt")
+    parser.add_argument("--contract", type=file_path, metavar="YAML", help="what the set must fulfil")
     parser.add_argument("--labels-from-folders", action="store_true",
                         help="label each image with the name of its folder")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write the report as one self-contained page")
-    parser.add_argument("--report", type=Path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--duplicates", choices=("exact", "near", "altered"), default="near",
+                        help="equal pixels; resized or saved again too; mirrored, rotated, cropped too (default: near)")
+    parser.add_argument("--html", type=file_path, metavar="FILE", help="write the report as one self-contained page")
+    parser.add_argument("--report", type=file_path, metavar="FILE", help="write the report as JSON")
     add_model_options(parser)
 
 # %% ../nbs/03_cli.ipynb #182b587b
 @command(validate_options)
 def validate(args: argparse.Namespace) -> int:
     "Check a set of images: broken files, duplicates, labels, a contract."
+    from devsky_nb.images.image_sets import read_image_set
+    for option, path in ("--html", args.html), ("--report", args.report):
+        if path: check_place(option, path, is_folder=False)
     contract = devsky_nb.ImageSetContract.from_yaml(args.contract) if args.contract else None
     image_set = read_image_set(args.source, args.labels_from_folders)
     report = devsky_nb.check_image_set(image_set, make_embedder(args), contract, batch_size=args.batch_size,
-                                       progress=not args.quiet)
+                                       progress=not args.quiet, duplicates=args.duplicates)
     if args.html: report.to_html(args.html)
     if args.report: report.to_json(args.report)
     emit(report, args.json)
@@ -243,7 +324,7 @@ def validate(args: argparse.Namespace) -> int:
 # %% ../nbs/03_cli.ipynb #15c1000f
 def generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", nargs="+", help="what to draw; several give several images")
-    parser.add_argument("--out", type=Path, default=Path("images"), metavar="DIR",
+    parser.add_argument("--out", type=file_path, default=Path("images"), metavar="DIR",
                         help="folder for the images (default: %(default)s)")
     parser.add_argument("--model", default="sdxl-base", metavar="NAME",
                         help="alias, Hub id or folder; tiny-sdxl is always there (default: %(default)s)")
@@ -265,21 +346,23 @@ def generate(args: argparse.Namespace) -> int:
     "Draw images with SDXL, quantized to 4 bits unless said otherwise."
     if args.out.suffix:
         raise ValidationError(f"--out={str(args.out)!r} names a file: name a folder", details={"out": str(args.out)})
-    args.out.mkdir(parents=True, exist_ok=True)
-    seeds = None if args.seed is None else [args.seed + i for i in range(len(args.prompt))]
+    check_place("--out", args.out, is_folder=True)
+    prompts = [name_text(prompt) for prompt in args.prompt]  # an argument is bytes, as a file's name is
+    seeds = None if args.seed is None else [args.seed + i for i in range(len(prompts))]
     files = []
     with devsky_nb.QuantizedSDXLGenerator(args.model, args.bits != "none", args.bits == "4", args.device,
                                           cache_dir=args.cache_dir, offline=args.offline,
                                           revision=args.revision) as generator:
-        stream = generator.generate_stream(args.prompt, seeds=seeds, batch_size=args.batch_size,
-                                           progress=not args.quiet, negative_prompt=args.negative_prompt,
+        negative = None if args.negative_prompt is None else name_text(args.negative_prompt)
+        stream = generator.generate_stream(prompts, seeds=seeds, batch_size=args.batch_size,
+                                           progress=not args.quiet, negative_prompt=negative,
                                            num_inference_steps=args.steps, guidance_scale=args.guidance,
                                            width=args.width, height=args.height)
         for number, image in enumerate(stream, 1):
             path = args.out / f"{number:03}-{image.info['seed']}.png"
-            image.save(path)
+            write_atomically(path, lambda file: image.save(file, "PNG"))
             files.append({"path": str(path), "prompt": image.info["prompt"]})
-            if not args.json: print(f"{path}  {image.info['prompt']}")
+            if not args.json: say(f"{path}  {image.info['prompt']}")
         if args.json: emit({"files": files, "load": generator.pipeline.load_report.to_dict()}, True)
     return 0
 
@@ -317,7 +400,7 @@ def rule_codes(text: str) -> list[str]:
     return [code.strip() for code in text.split(",")]
 
 def doctor_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("paths", nargs="*", type=Path, metavar="PATH",
+    parser.add_argument("paths", nargs="*", type=file_path, metavar="PATH",
                         help="files (.py, .ipynb, .md) and folders to read (default: this folder)")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--source", action="store_true", help="read source code only")
@@ -330,18 +413,22 @@ def doctor_options(parser: argparse.ArgumentParser) -> None:
                         help="only these rules: codes or their beginnings, such as DSK01,DSK050")
     parser.add_argument("--ignore", type=rule_codes, action="extend", default=[], metavar="CODES",
                         help="not these rules: codes or their beginnings")
+    parser.add_argument("--target", action="append", default=[], metavar="LIBRARY=VERSION",
+                        help="check for this version, such as transformers=4.57 (default: what the project states)")
     parser.add_argument("--rules", action="store_true", help="list all rules")
     parser.add_argument("--plan", metavar="NAME", help="model that is to run here; is there memory for it?")
     parser.add_argument("--budget", metavar="SIZE", help="memory that it may take, such as 8GB (default: what is free)")
-    parser.add_argument("--cache-dir", metavar="DIR", help="Hub cache (default: the usual one)")
+    parser.add_argument("--revision", metavar="REV", help="of that model: commit, branch or tag (default: as locked)")
+    parser.add_argument("--cache-dir", type=file_path, metavar="DIR", help="Hub cache (default: the usual one)")
 
 # %% ../nbs/03_cli.ipynb #d0c70002
 @command(doctor_options)
 def doctor(args: argparse.Namespace) -> int:
     "Check source code and this machine against the practices."
     from devsky_nb.doctor.environment import check_environment, ENVIRONMENT_RULES
-    from devsky_nb.doctor.findings import chosen_rules, encodable, Findings, render
+    from devsky_nb.doctor.findings import chosen_rules, Findings, render
     from devsky_nb.doctor.scan import fix_source, scan_source, SOURCE_RULES
+    from devsky_nb.doctor.versions import targets_of
     if args.environment and args.paths:
         raise ValidationError(f"--environment reads no files: leave out {str(args.paths[0])!r}, or --environment")
     rules = [*SOURCE_RULES, *ENVIRONMENT_RULES]
@@ -349,22 +436,24 @@ def doctor(args: argparse.Namespace) -> int:
     codes = chosen_rules(rules, args.select, args.ignore)
     of_source = sorted(codes & {rule.code for rule in SOURCE_RULES})
     of_machine = sorted(codes - {*of_source})
+    target = targets_of(args.target)
     found = Findings()
     for path in (args.paths or [Path(".")]) if of_source and not args.environment else ():
-        fixed = fix_source(path, of_source) if args.fix else []
+        fixed = fix_source(path, of_source, target=target) if args.fix else []
         if fixed: print(f"{path}: {len(fixed)} fixed", file=sys.stderr)
-        found += scan_source(path, of_source)
-    if of_machine and not args.source: found += check_environment(args.cache_dir, args.plan, args.budget, of_machine)
+        found += scan_source(path, of_source, target=target)
+    if of_machine and not args.source:
+        found += check_environment(args.cache_dir, args.plan, args.budget, of_machine, revision=args.revision)
     if args.diff: text = "\n".join(finding.diff for finding in found if finding.diff)
     else: text = render(found, "json" if args.json else args.format, rules, devsky_nb.__version__)
-    print(encodable(text, sys.stdout.encoding))
+    say(text)
     return 1 if found.failing(args.select) else 0
 
 def show_rules(rules: list, as_json: bool) -> int:
     "List the rules."
     if as_json:
         emit([{"code": r.code, "name": r.name, "severity": r.severity, "theme": r.theme, "why": r.why} for r in rules], True)
-    else: print("\n".join(f"{r.code}  {r.severity:8} {r.name:24} {r.why}" for r in rules))
+    else: say("\n".join(f"{r.code}  {r.severity:8} {r.name:24} {r.why}" for r in rules))
     return 0
 
 # %% ../nbs/03_cli.ipynb #15c10012
@@ -374,10 +463,12 @@ def models_options(parser: argparse.ArgumentParser) -> None:
     fetch = add_action(actions, "prefetch", "fetch, verify and pin a model for offline use")
     fetch.add_argument("name", help="alias or Hub id, such as clip-vit-base")
     fetch.add_argument("--revision", metavar="REV", help="commit, branch or tag to fetch and lock (default: as locked)")
+    fetch.add_argument("--timeout", type=float, metavar="SECONDS", help="time that it may take (default: six hours)")
+    fetch.add_argument("--max-bytes", metavar="SIZE", help="what it may fetch, such as 20GB (default: 100GB)")
     check = add_action(actions, "verify", "check every byte of a fetched model, offline")
     check.add_argument("name", help="alias, such as clip-vit-base")
     for action in actions.choices.values():
-        action.add_argument("--cache-dir", metavar="DIR", help="Hub cache (default: the usual one)")
+        action.add_argument("--cache-dir", type=file_path, metavar="DIR", help="Hub cache (default: the usual one)")
 
 # %% ../nbs/03_cli.ipynb #309497f4
 @command(models_options, actions=True)
@@ -387,7 +478,11 @@ def models(args: argparse.Namespace) -> int:
     if args.action == "list":
         emit(registry.specs(), args.json)
         return 0
-    result = registry.prefetch(args.name, args.revision) if args.action == "prefetch" else registry.verify(args.name)
+    result: Any
+    if args.action == "verify": result = registry.verify(args.name)
+    else:
+        max_bytes = None if args.max_bytes is None else parse_bytes(args.max_bytes)
+        result = registry.prefetch(args.name, args.revision, args.timeout, max_bytes)
     emit(result, args.json)
     return 0 if result.ok else 1
 
@@ -410,7 +505,7 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
     unpin.add_argument("repo", help="such as openai/clip-vit-base-patch32")
     unpin.add_argument("alias", help="name of the pin")
     for action in actions.choices.values():
-        action.add_argument("--cache-dir", metavar="DIR", help="Hub cache (default: the usual one)")
+        action.add_argument("--cache-dir", type=file_path, metavar="DIR", help="Hub cache (default: the usual one)")
 
 # %% ../nbs/03_cli.ipynb #313fb740
 @command(cache_options, actions=True)

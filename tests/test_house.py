@@ -235,7 +235,7 @@ def test_the_stub_names_what_the_package_offers():
 
 def test_every_public_name_loads_without_the_libraries_of_extras():
     "What needs one says so when it is called."
-    extras = ("accelerate", "bitsandbytes", "diffusers", "ipywidgets", "matplotlib", "onnx", "onnxruntime", "ray", "torchao")
+    extras = ("accelerate", "bitsandbytes", "diffusers", "ipywidgets", "matplotlib", "onnx", "onnxruntime", "peft", "ray", "torchao")
     done = run(f"import sys\nsys.modules |= dict.fromkeys({extras})\nfrom devsky_nb import *\nprint(sorted(set({sorted(PUBLIC)}) - set(globals())))")
     assert done.stdout.strip() == "[]", done.stderr
 

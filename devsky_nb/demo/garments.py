@@ -343,6 +343,9 @@ def _oversampling(size: int) -> int:  # size in pixels
 
 def _scene(garment: Garment, size: int, seed: int) -> tuple[Image.Image, Image.Image, np.random.Generator]:
     "The cloth and the silhouette at their final size, and the chance that is left for light and ground."
+    if not isinstance(garment, Garment):
+        raise ValidationError(f"garment={garment!r:.60}: expected a Garment, such as Garment('dress', 'red')",
+                              details={"garment": repr(garment)})
     check_count("size", size, 1, 2048)
     check_count("seed", seed, 0)
     rng = np.random.default_rng([zlib.crc32(garment.caption.encode()), seed])
@@ -370,7 +373,7 @@ def render_garment(garment: Garment,  # what to draw
         mode RGB
 
     Raises:
-        ValidationError: `size` or `seed` is out of its range.
+        ValidationError: `garment` is none, or `size` or `seed` is out of its range.
     """
     return _photograph(*_scene(garment, size, seed))
 

@@ -47,8 +47,9 @@ def review_items(report: ValidationReport) -> list[ReviewItem]:
         items.append(ReviewItem("label", wrong["index"], text))
     for group in report.findings["duplicates"]:
         original = group["representative"]
-        text = f"{group['kind']} copy of {one_line(id_of(report.images[original], original), 40)}"
-        items += [ReviewItem("copy", member, text, original) for member in group["members"] if member != original]
+        name = one_line(id_of(report.images[original], original), 40)
+        items += [ReviewItem("copy", member, f"{how} copy of {name}", original)
+                  for member, how in zip(group["members"], group["how"]) if member != original]
     for outlier in report.findings["outliers"]:
         text = f"unlike {one_line(outlier['compared_with'], 40)} ({outlier['score']})"
         items.append(ReviewItem("outlier", outlier["index"], text))
