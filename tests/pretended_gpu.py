@@ -15,7 +15,7 @@ since the cache was last emptied); the workspaces of cuBLAS and cuDNN; speed.
         model.to("cuda:1"); gpu.used("cuda:1")
     python -m pytest -m device --pretend cuda:2                 # a whole run, by conftest.py
 """
-import contextlib, itertools, os, threading, types, weakref
+import contextlib, itertools, threading, types, weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -382,5 +382,4 @@ def pretended(kind: str = "cuda",  # or "mps"
 def pretend(text: str) -> contextlib.AbstractContextManager[PretendedGPU]:  # "cuda", "cuda:2", "mps"
     "The machine that an option of the command line names."
     kind, _, count = text.partition(":")
-    os.environ["DEVSKY_PRETENDED"] = text
     return pretended(kind, int(count or 1))
