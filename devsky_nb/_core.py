@@ -133,7 +133,7 @@ def damaged(path: Path,
     return error(f"{path} cannot be read: {reason}. {remedy}", original_error=cause,
                  details={"file": path.name, "path": str(path), "problem": str(reason)})
 
-def _regular_bytes(path: Path, max_bytes: int) -> bytes:
+def regular_bytes(path: Path, max_bytes: int) -> bytes:
     "The content of a regular file of limited size; never waits for a pipe or a device."
     handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with open(handle, "rb") as f:
@@ -154,7 +154,7 @@ def read_text(path: Path,
     Raises:
         DevSkyyError: (as `error`) it is missing, no regular file, too large, or no UTF-8.
     """
-    try: return _regular_bytes(path, max_bytes).decode("utf-8-sig")
+    try: return regular_bytes(path, max_bytes).decode("utf-8-sig")
     except UnicodeDecodeError as e: raise damaged(path, f"it is no UTF-8: {e}", remedy, error)
     except (OSError, ValueError) as e: raise damaged(path, e, remedy, error)
 

@@ -14,7 +14,7 @@ from functools import cached_property
 from json import JSONDecodeError
 from pathlib import Path
 
-from .._core import _regular_bytes
+from .._core import regular_bytes
 from .cells import (block_margins, is_other_language, is_own_program, line_starts,
                     PYTHON_KINDS, split_lines, TOKEN, translate)
 
@@ -434,7 +434,7 @@ MAX_BYTES = {".py": 2 * 2**20, ".ipynb": 100 * 2**20, ".md": 2 * 2**20}
 def read_parts(source: SourceFile) -> None:
     "Read the file of a source."
     kind = source.path.suffix if source.path.suffix in READERS else ".py"  # a file without a suffix is a script
-    data = _regular_bytes(source.path, MAX_BYTES[kind])
+    data = regular_bytes(source.path, MAX_BYTES[kind])
     source.text, source.encoding = decode_source(data, declared=kind == ".py")
     source.parts = READERS[kind](source.text)
 
