@@ -6,7 +6,7 @@
 __all__ = ['main']
 
 # %% ../nbs/03_cli.ipynb #cb549a4f
-import argparse, builtins, errno, io, json, os, sys, tempfile, traceback, warnings
+import _thread, argparse, builtins, errno, io, json, os, signal, sys, tempfile, threading, traceback, warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -85,7 +85,10 @@ def command(options: Callable[[argparse.ArgumentParser], None],  # adds what the
         return function
     return register
 
-def add_action(actions: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, help: str) -> argparse.ArgumentParser:
+def add_action(actions: "argparse._SubParsersAction[argparse.ArgumentParser]",
+               name: str,
+               help: str,
+               ) -> argparse.ArgumentParser:
     "A command that does something, with the options that all have."
     parser = actions.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
@@ -154,6 +157,42 @@ def run(args: argparse.Namespace) -> int:  # the exit status
     flush(sys.stdout)
     return status
 
+# %% ../nbs/03_cli.ipynb #5712ec02
+SECONDS_UNTIL_AGAIN = 5.  # more than a command takes to put away what it has begun
+
+def press_again(thread: int) -> None:  # the main thread's number
+    "Ctrl-C for the main thread, also while it waits for the operating system."
+    if sys.platform == "win32": _thread.interrupt_main()
+    else: signal.pthread_kill(thread, signal.SIGINT)
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    "Ctrl-C ends what runs here, also where Python drops the exception."
+    ours = threading.current_thread() is threading.main_thread()  # else Python lets nobody handle signals
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    hook = sys.unraisablehook
+    pressed: list[threading.Timer] = []
+
+    def interrupt(*_: object) -> None:  # called in the main thread
+        again = threading.Timer(SECONDS_UNTIL_AGAIN, press_again, [threading.get_ident()])
+        again.daemon = True
+        pressed.append(again)
+        again.start()
+        raise KeyboardInterrupt
+
+    def tell_others(dropped: Any) -> None:
+        if dropped.exc_type is not KeyboardInterrupt: hook(dropped)
+
+    signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = tell_others
+    try: yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.unraisablehook = hook
+        for again in pressed: again.cancel()
+
 # %% ../nbs/03_cli.ipynb #9e48cb32
 def main(argv: list[str] | None = None,  # None: those of the process
          ) -> int:  # the exit status
@@ -171,7 +210,8 @@ def main(argv: list[str] | None = None,  # None: those of the process
     with streams_that_take_anything():
         args = make_parser().parse_args(argv)
         try:
-            try: return run(args)
+            try:
+                with interruptible(): return run(args)
             except Exception as e: return 141 if isinstance(e, BrokenPipeError) else fail(e, args)
         except BrokenPipeError:  # of the message
             return 141
@@ -258,14 +298,15 @@ def make_embedder(args: argparse.Namespace, **kwargs: Any) -> "CLIPImageEmbedder
 
 # %% ../nbs/03_cli.ipynb #15c10009
 def embed_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE", help="folder of images, Parquet files or tar shards; one such file; a "
-                                                         "list (.json, .jsonl, .csv, .tsv, .txt); or a pattern such as "
-                                                         "'shards/{000..099}.tar'")
+    parser.add_argument("source", metavar="SOURCE",
+                        help="folder of images, Parquet files or tar shards; one such file; a list (.json, .jsonl, "
+                             ".csv, .tsv, .txt); or a pattern such as 'shards/{000..099}.tar'")
     parser.add_argument("--out", type=file_path, required=True, metavar="DIR",
                         help="folder for the Parquet files; what an earlier run left there is used again")
     parser.add_argument("--anew", action="store_true", help="use nothing of an earlier run, and replace it")
     parser.add_argument("--engine", default="local", help="local or ray (default: %(default)s)")
-    parser.add_argument("--shard-rows", type=int, default=10_000, metavar="N", help="rows per file (default: %(default)s)")
+    parser.add_argument("--shard-rows", type=int, default=10_000, metavar="N",
+                        help="rows per file (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="of the vectors: float32 or float16 (default: %(default)s)")
     parser.add_argument("--column", metavar="NAME", help="of a Parquet source: where the images are (default: found)")
     parser.add_argument("--id-column", metavar="NAME", help="of a Parquet source: unique ids (default: file and row)")
@@ -336,7 +377,8 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=int, metavar="PX", help="multiple of 64 (default: the model's own)")
     parser.add_argument("--height", type=int, metavar="PX", help="multiple of 64 (default: the model's own)")
     parser.add_argument("--seed", type=int, help="of the first image; the next has the next (default: drawn)")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="images at a time (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="N",
+                        help="images at a time (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add_hub_options(parser)
 
@@ -368,13 +410,15 @@ def generate(args: argparse.Namespace) -> int:
 
 # %% ../nbs/03_cli.ipynb #15c10010
 def plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="NAME", help="alias such as sdxl-base, Hub id, or folder; weights are not needed")
+    parser.add_argument("model", metavar="NAME",
+                        help="alias such as sdxl-base, Hub id, or folder; weights are not needed")
     parser.add_argument("--budget", required=True, metavar="SIZE",
                         help="memory that PyTorch may take, such as 8GB or 7.5GiB")
     parser.add_argument("--width", type=int, metavar="PX", help="of an image (default: the model's own)")
     parser.add_argument("--height", type=int, metavar="PX", help="of an image (default: the model's own)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time (default: %(default)s)")
-    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"), help="number format (default: what suits the model)")
+    parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"),
+                        help="number format (default: what suits the model)")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), default="cuda",
                         help="where it is to run (default: %(default)s)")
     parser.add_argument("--no-guidance", action="store_true", help="run the denoiser once a step, not twice")
@@ -452,7 +496,8 @@ def doctor(args: argparse.Namespace) -> int:
 def show_rules(rules: list, as_json: bool) -> int:
     "List the rules."
     if as_json:
-        emit([{"code": r.code, "name": r.name, "severity": r.severity, "theme": r.theme, "why": r.why} for r in rules], True)
+        fields = ("code", "name", "severity", "theme", "why")
+        emit([{name: getattr(rule, name) for name in fields} for rule in rules], True)
     else: say("\n".join(f"{r.code}  {r.severity:8} {r.name:24} {r.why}" for r in rules))
     return 0
 
@@ -490,7 +535,8 @@ def models(args: argparse.Namespace) -> int:
 def cache_options(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_action(actions, "report", "what is stored, pinned, used, broken")
-    add_action(actions, "verify", "check every blob offline").add_argument("repo", nargs="?", help="one repository only")
+    verify = add_action(actions, "verify", "check every blob offline")
+    verify.add_argument("repo", nargs="?", help="one repository only")
     evict = add_action(actions, "evict", "plan what to delete, and delete it with --execute")
     evict.add_argument("--max-size", metavar="SIZE", help="shrink the cache to this, such as 20GB")
     evict.add_argument("--unused-days", type=float, metavar="N", help="delete what was not used for N days")
@@ -520,7 +566,8 @@ def cache(args: argparse.Namespace) -> int:
         return 0
     if args.action == "unpin":
         was_there = devsky_nb.unpin(args.repo, args.alias, args.cache_dir)
-        emit({"unpinned": f"{args.repo} {args.alias}" if was_there else f"{args.repo} has no pin {args.alias}"}, args.json)
+        given_up = f"{args.repo} {args.alias}" if was_there else f"{args.repo} has no pin {args.alias}"
+        emit({"unpinned": given_up}, args.json)
         return 0
     result = devsky_nb.verify_cache(args.repo, cache_dir=args.cache_dir) if args.action == "verify" else evict(args)
     emit(result, args.json)
@@ -531,5 +578,6 @@ def evict(args: argparse.Namespace) -> Any:  # the plan, carried out or not
     if args.max_size is None and args.unused_days is None:
         raise ValidationError("what is to be evicted? Give --max-size 20GB, --unused-days 90, or both")
     limit = None if args.max_size is None else parse_bytes(args.max_size)
-    plan = devsky_nb.plan_eviction(max_bytes=limit, unused_days=args.unused_days, cache_dir=args.cache_dir, keep=args.keep)
+    plan = devsky_nb.plan_eviction(max_bytes=limit, unused_days=args.unused_days, cache_dir=args.cache_dir,
+                                   keep=args.keep)
     return plan.execute() if args.execute else plan
