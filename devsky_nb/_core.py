@@ -120,7 +120,7 @@ def write_atomically(path: Path,  # folders are made
 
 # %% ../nbs/02_core.ipynb #66de12d7
 SMALL_FILE = 16 * 2**20  # bytes: more than any configuration has
-DEEPEST = 64  # levels of lists and objects within each other
+JSON_LEVELS = 64  # levels of lists and objects within each other
 
 def damaged(path: Path,
             problem: object,  # what is wrong with the file
@@ -176,21 +176,22 @@ def check_regular(path: Path,
 def _check_depth(value: object) -> None:
     "Refuse lists and objects that are too deep for the functions that will walk them."
     level = [value]
-    for _ in range(DEEPEST):
+    for _ in range(JSON_LEVELS):
         level = [inner for outer in level if isinstance(outer, dict | list)
                  for inner in (outer.values() if isinstance(outer, dict) else outer)]
         if not level: return
-    raise ValueError(f"it has more than {DEEPEST} levels")
+    raise ValueError(f"it has more than {JSON_LEVELS} levels")
 
 def parse_json(text: str) -> object:
     "Read JSON that somebody else wrote; whatever is wrong with it is a `ValueError`."
     try: value = json.loads(text)
-    except RecursionError: raise ValueError(f"it has more than {DEEPEST} levels") from None
+    except RecursionError: raise ValueError(f"it has more than {JSON_LEVELS} levels") from None
     _check_depth(value)
     return value
 
 def _kind_name(kind: object) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
+    names = {dict: "an object", list: "a list", str: "a text", int: "a whole number", float: "a number",
+             bool: "true or false"}
     return " or ".join(names.get(k, "nothing") for k in get_args(kind) or (kind,))
 
 def _is_kind(value: object, kind: Any) -> bool:

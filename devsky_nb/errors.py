@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from numbers import Integral, Real
 
 # %% ../nbs/00_errors.ipynb #73b1f2e1
-DEEPEST = 32  # levels of lists and dicts that are written out
+MOST_LEVELS = 32  # levels of lists and dicts that are written out
 MOST_VALUES = 1_000_000  # values that are written out
 
 def _text(value: object) -> str:
@@ -38,7 +38,7 @@ def _json_value(value: object,
     left[0] -= 1
     if isinstance(value, DevSkyyError): value = value._fields()
     if not isinstance(value, Mapping | list | tuple | set | frozenset): return _simple_value(value)
-    if id(value) in outer or len(outer) >= DEEPEST or left[0] < 0: return "…"
+    if id(value) in outer or len(outer) >= MOST_LEVELS or left[0] < 0: return "…"
     inside = (*outer, id(value))
     if isinstance(value, Mapping): return {_text(key): _json_value(v, inside, left) for key, v in value.items()}
     return [_json_value(v, inside, left) for v in value]

@@ -1,5 +1,5 @@
 "No test asks the network, touches the cache of whoever runs it, or depends on a GPU that happens to be there."
-import os, signal, tempfile
+import gc, os, signal, sys, tempfile
 
 import pytest
 
@@ -25,6 +25,22 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     "Files that take long go first: a worker takes whole files, and none should be left alone with a long one at the end."
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
+looked_at = 0  # modules that were loaded when the collector was last relieved
+
+
+@pytest.fixture(autouse=True)
+def libraries_are_no_garbage():
+    """Take the objects of libraries that were loaded by an earlier test out of the collector's sight.
+
+    Memory is released again and again here, and each time the collector would look at a million of them.
+    """
+    global looked_at
+    if len(sys.modules) - looked_at < 300: return
+    looked_at = len(sys.modules)
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

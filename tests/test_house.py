@@ -1,6 +1,7 @@
 "The tree is in step with its source, and the house stands as drawn: parts and their order, a small public API that explains itself."
 import ast, importlib, inspect, os, re, shutil, subprocess, sys, textwrap
 from collections import Counter, defaultdict
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from xml.etree import ElementTree
@@ -126,7 +127,12 @@ def part(module):
     return (module.split(".") + [""])[1]
 
 
+@cache
 def imports(module):
+    return list(find_imports(module))
+
+
+def find_imports(module):
     "Modules of the package that a module imports, inside functions and for type checkers too, and whether a function does."
     tree, package = ast.parse(FILES[module].read_text(encoding="utf-8")), module.split(".")[:-1]
     inside = {id(n) for f in ast.walk(tree) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) for n in ast.walk(f)}

@@ -6,8 +6,9 @@
 __all__ = ['CachedRevision', 'CacheReport', 'cache_report', 'EvictionPlan', 'plan_eviction']
 
 # %% ../../nbs/hub/05_cache.ipynb #1854380b
-import os, shlex, shutil, time
-from collections.abc import Iterable, Iterator
+import os, shlex, shutil, tempfile, time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,26 +182,46 @@ def unique_revisions(repo: "CachedRepoInfo") -> "frozenset[CachedRevisionInfo]":
     "The revisions of a repository, each with the repository's name in its own."
     return frozenset(replace(r, commit_hash=f"{repo.cache_id}@{r.commit_hash}") for r in repo.revisions)
 
-def unreadable_refs(cache: Path) -> Iterator[CacheProblem]:
-    "The refs that the Hub's scan would wait for, or break off at."
+def unreadable_refs(cache: Path) -> dict[str, CacheProblem]:  # by the folder of the repository
+    "The repositories that the Hub's scan would wait for, or break off at, since one of their refs cannot be read."
+    found = {}
     for ref in sorted(cache.glob("*/refs/**/*")):
         if ref.is_dir(): continue
-        remedy = f"Delete it with `rm {shlex.quote(str(ref))}`, and scan again"
         try: read_text(ref, REF_BYTES)
-        except ModelLoadError as e: yield CacheProblem(f"{ref} cannot be read: {e.details['problem']}", remedy)
+        except ModelLoadError as e:
+            what = f"{ref} cannot be read: {e.details['problem']}; its repository is left out"
+            remedy = f"Delete it with `rm {shlex.quote(str(ref))}`, and ask again"
+            found[ref.relative_to(cache).parts[0]] = CacheProblem(what, remedy)
+    return found
 
-def scan(cache_dir: str | Path | None) -> "HFCacheInfo | None":  # None: there is no cache yet
+@contextmanager
+def without(cache: Path, repos: Collection[str]) -> Iterator[Path]:
+    "A cache that lacks some repositories: where there are any to leave out, a folder of links to the others."
+    if not repos:
+        yield cache
+        return
+    with tempfile.TemporaryDirectory(prefix="devsky-cache-") as links:
+        for path in cache.iterdir():
+            if path.name not in repos: Path(links, path.name).symlink_to(path)
+        yield Path(links)
+
+def scan(folder: Path) -> "HFCacheInfo":
     "The Hub's own scan, with revisions named `type/repo@commit`, since a commit can be in several repositories."
     from huggingface_hub import scan_cache_dir
-    folder = cache_folder(cache_dir)
-    if not folder.is_dir(): return None
-    for problem in unreadable_refs(folder): raise ModelLoadError(str(problem), details={"cache_dir": str(folder)})
     try: info = scan_cache_dir(folder)
     except OSError as e:
         remedy = "Give read permission, or name another folder"
         raise DevSkyyError(f"the cache {str(folder)!r} cannot be read: {e.strerror}. {remedy}",
                            details={"cache_dir": str(folder)}, original_error=e)
     return replace(info, repos=frozenset(replace(repo, revisions=unique_revisions(repo)) for repo in info.repos))
+
+def whole_scan(cache_dir: str | Path | None) -> "HFCacheInfo | None":  # None: there is no cache yet
+    "The scan of a cache in which every ref can be read."
+    folder = cache_folder(cache_dir)
+    if not folder.is_dir(): return None
+    for problem in unreadable_refs(folder).values():
+        raise ModelLoadError(str(problem), details={"cache_dir": str(folder)})
+    return scan(folder)
 
 def cached_revisions(info: "HFCacheInfo",  # from `scan`
                      cache_dir: str | Path | None,
@@ -218,23 +239,28 @@ def cached_revisions(info: "HFCacheInfo",  # from `scan`
     return sorted(found, key=lambda r: (r.used, r.repo_id, r.commit))
 
 # %% ../../nbs/hub/05_cache.ipynb #9793fbc0
-def left_out(info: "HFCacheInfo") -> list[CacheProblem]:
+def given_up(info: "HFCacheInfo",
+             scanned: Path,
+             cache: Path,  # which `scanned` has links to, or is
+             ) -> list[CacheProblem]:
     "The folders that the Hub's scan gave up on; neither their size nor their revisions are known to it."
     remedy = "`devsky cache verify` names the file and the remedy"
-    return [CacheProblem(f"left out: {warning}", remedy) for warning in info.warnings]
+    said = [str(warning).replace(os.path.realpath(scanned), str(cache)) for warning in info.warnings]
+    return [CacheProblem(f"left out: {what}", remedy) for what in said]
 
-def links_out(info: "HFCacheInfo") -> list[CacheProblem]:
+def links_out(info: "HFCacheInfo", cache: Path) -> list[CacheProblem]:
     "The revisions with a file that is kept outside the cache; the Hub's deletion would delete it there."
     found = []
     for repo in info.repos:
-        places = (repo.repo_path, repo.repo_path / "blobs", repo.repo_path.parent)
+        places = (repo.repo_path, repo.repo_path / "blobs", cache)
         for revision in repo.revisions:
             commit = revision.snapshot_path.name
             outside = sorted(file.file_path for file in revision.files if not is_within(file.blob_path, *places))
             if not outside: continue
             file = outside[0].relative_to(revision.snapshot_path).as_posix()
-            what = f"a link out of the cache, to {os.path.realpath(outside[0])}: the revision is not evicted"
-            remedy = f"Delete the link with `rm {shlex.quote(str(outside[0]))}`"
+            link = cache / outside[0].relative_to(repo.repo_path.parent)
+            what = f"a link out of the cache, to {os.path.realpath(link)}: the revision is not evicted"
+            remedy = f"Delete the link with `rm {shlex.quote(str(link))}`"
             found.append(CacheProblem(what, remedy, repo.repo_id, commit, file))
     return sorted(found, key=str)
 
@@ -254,14 +280,15 @@ def cache_report(cache_dir: str | Path | None = None,  # Hub cache; None: the us
     folder = cache_folder(cache_dir)
     report = CacheReport(str(folder), quantized=quantized_copies(cache_dir), problems=cache_problems(cache_dir))
     report.free = psutil.disk_usage(str(existing_folder(folder))).free
-    unreadable = list(unreadable_refs(folder))
-    report.problems += unreadable
-    info = None if unreadable else scan(cache_dir)
-    if info is None: return report
-    report.size = info.size_on_disk
-    report.incomplete = info.incomplete_size_on_disk
-    report.revisions = cached_revisions(info, cache_dir)
-    report.problems += left_out(info) + links_out(info)
+    if not folder.is_dir(): return report
+    unreadable = unreadable_refs(folder)
+    report.problems += unreadable.values()
+    with without(folder, unreadable) as scanned:
+        info = scan(scanned)
+        report.size = info.size_on_disk
+        report.incomplete = info.incomplete_size_on_disk
+        report.revisions = cached_revisions(info, cache_dir)
+        report.problems += given_up(info, scanned, folder) + links_out(info, folder)
     return report
 
 # %% ../../nbs/hub/05_cache.ipynb #aefa6462
@@ -336,10 +363,10 @@ class EvictionPlan:
             DevSkyyError: something cannot be deleted.
             ModelLoadError: a ref cannot be read, so that what it protects is not known.
         """
-        info = scan(self.folder)
+        info = whole_scan(self.folder)
         stale, busy = downloads(info)
         now: list[CacheEntry] = [*(cached_revisions(info, self.folder) if info else []), *quantized_copies(self.folder)]
-        bound = {(p.repo_id, p.revision) for p in links_out(info)} if info else set()
+        bound = {(p.repo_id, p.revision) for p in links_out(info, Path(self.folder))} if info else set()
         evict = [e for e in self.evict if e in now and not is_bound(e, bound)]
         evict = [e for e in evict if not (isinstance(e, CachedRevision) and e.repo_id in busy)]
         unfinished = {path: size for path, size in stale.items() if path in self.incomplete}
@@ -457,16 +484,17 @@ def plan_eviction(max_bytes: int | None = None,  # shrink the cache to this, qua
         raise ValidationError("plan_eviction needs max_bytes, unused_days, or both")
     if max_bytes is not None: max_bytes = check_count("max_bytes", max_bytes, 0)
     oldest = None if unused_days is None else time.time() - 86400 * check_number("unused_days", unused_days)
-    info = scan(cache_dir)
+    folder = cache_folder(cache_dir)
+    info = whole_scan(cache_dir)
     copies = quantized_copies(cache_dir)
     entries: list[CacheEntry] = [*(cached_revisions(info, cache_dir) if info else []), *copies]
     kept = kept_entries(keep, entries)
     stale, busy = downloads(info)
     size = sum(copy.size for copy in copies)
     if info: size += info.size_on_disk + info.incomplete_size_on_disk
-    plan = EvictionPlan(str(hub_cache(cache_dir)), size, sum(stale.values()), [], list(stale), max_bytes)
-    outside = links_out(info) if info else []
-    if info: plan.problems += left_out(info) + outside
+    plan = EvictionPlan(str(folder), size, sum(stale.values()), [], list(stale), max_bytes)
+    outside = links_out(info, folder) if info else []
+    if info: plan.problems += given_up(info, folder, folder) + outside
     downloading = [e for e in entries if isinstance(e, CachedRevision) and e.repo_id in busy]
     bound = {(p.repo_id, p.revision) for p in outside}
     evictable = [e for e in entries if not (e.pinned or e in kept or e in downloading or is_bound(e, bound))]

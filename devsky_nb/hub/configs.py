@@ -52,7 +52,7 @@ def check_implementation(file: Path, field: str, value: object) -> None:
     if not IMPLEMENTATION.fullmatch(field.rpartition(".")[2]): return
     for name in value.values() if isinstance(value, dict) else [value]:
         if name is None or name in IMPLEMENTATIONS: continue
-        raise refused(file, field, name, f"is none of {', '.join(IMPLEMENTATIONS)}: others come from the Hub, as code",
+        raise refused(file, field, name, f"is none of {', '.join(IMPLEMENTATIONS)}: others can come from the Hub, as code",
                       "Write one of them, or take the field out")
 
 # %% ../../nbs/hub/08_configs.ipynb #c0f6000c

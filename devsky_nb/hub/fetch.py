@@ -74,7 +74,7 @@ def is_etag(value: str) -> bool:
     return PLAIN_NAME.fullmatch(value.removeprefix("W/").strip('"')) is not None
 
 # %% ../../nbs/hub/07_fetch.ipynb #0fe7c015
-class Guard:
+class FetchGuard:
     "What a fetch has received so far, and what it may."
     def __init__(self, limits: FetchLimits) -> None:
         self.limits = limits
@@ -183,7 +183,7 @@ class Guard:
             raise self.stop(f"the Hub's answers are too long (more than {format_bytes(ANSWERS_BYTES)})")
 
 # %% ../../nbs/hub/07_fetch.ipynb #0fe7c017
-def counted_stream(guard: Guard, stream: Any, is_file: bool, announced: int | None) -> Any:
+def counted_stream(guard: FetchGuard, stream: Any, is_file: bool, announced: int | None) -> Any:
     "The content of an answer, which ends where it should."
     longest = announced if is_file else ANSWER_BYTES
     [base] = [cls for cls in type(stream).__mro__ if cls.__name__ == "SyncByteStream"]
@@ -252,7 +252,7 @@ def chosen_files(request: FetchRequest, info: "ModelInfo") -> list["RepoSibling"
     if len(chosen) > MOST_FILES: raise NotFetched(f"it has {len(chosen):,} files; a model has {MOST_FILES:,} at most")
     return [listed[name] for name in chosen]
 
-def ask_converter(request: FetchRequest, guard: Guard) -> str | None:  # None: it has made no offer
+def ask_converter(request: FetchRequest, guard: FetchGuard) -> str | None:  # None: it has made no offer
     "The pull request with safetensors made by the Hub's converter."
     from huggingface_hub import HfApi
     guard.most_answers = guard.answers + OFFER_ANSWERS
@@ -274,7 +274,7 @@ def missing_bytes(repo: Path, commit: str, files: list["RepoSibling"]) -> int:  
         if not is_here and isinstance(file.size, int): total += max(0, file.size)
     return total
 
-def check_room(request: FetchRequest, repo: Path, commit: str, files: list["RepoSibling"]) -> None:
+def check_sizes(request: FetchRequest, repo: Path, commit: str, files: list["RepoSibling"]) -> None:
     "Refuse what is larger than it may be, before it is fetched."
     needed = missing_bytes(repo, commit, files)
     if needed > request.limits.bytes:
@@ -295,14 +295,14 @@ def clear_the_way(repo: Path, commit: str) -> None:
     except ModelLoadError:
         if os.path.lexists(tree): tree.unlink()
 
-def fetch_commit(request: FetchRequest, guard: Guard, info: "ModelInfo") -> None:
+def fetch_commit(request: FetchRequest, guard: FetchGuard, info: "ModelInfo") -> None:
     "Fetch the files that a model needs of one commit."
     from huggingface_hub import snapshot_download
     repo = cache_folder(request.cache_dir) / folder_name(request.repo_id)
     commit = str(info.sha)
     files = chosen_files(request, info)
     if not files: raise NotFetched("the Hub lists none of its files")
-    check_room(request, repo, commit, files)
+    check_sizes(request, repo, commit, files)
     clear_the_way(repo, commit)
     guard.commit = commit
     guard.wanted = [repo / "snapshots" / commit / file.rfilename for file in files]
@@ -316,7 +316,7 @@ def has_safetensors(files: list["RepoSibling"]) -> bool:
     "Whether there are weights that are no pickles."
     return any(file.rfilename.endswith(".safetensors") for file in files)
 
-def converse(request: FetchRequest, guard: Guard) -> Fetched:
+def converse(request: FetchRequest, guard: FetchGuard) -> Fetched:
     "All that is said between the Hub and us for one model."
     info = ask_commit(request, request.revision)
     offer = None
@@ -344,7 +344,7 @@ def reason(error: Exception) -> str:
         return f"the Hub's answer makes no sense ({type(error).__name__}: {first_line})"
     return f"the Hub could not be reached ({first_line})"  # of whichever HTTP library the client uses
 
-def watch_client(guard: Guard) -> None:
+def watch_client(guard: FetchGuard) -> None:
     "Have the Hub's client ask the guard. It is for the whole process, so only a process of our own does this."
     from huggingface_hub import get_session, set_client_factory
     usual = get_session()
@@ -352,7 +352,7 @@ def watch_client(guard: Guard) -> None:
                               "response": [guard.after_headers]}
     set_client_factory(lambda: type(usual)(event_hooks=hooks, follow_redirects=True, timeout=SILENCE))
 
-def answer(request: FetchRequest, guard: Guard) -> dict:  # ready for JSON
+def answer(request: FetchRequest, guard: FetchGuard) -> dict:  # ready for JSON
     "What became of a request."
     watch_client(guard)
     try: return asdict(converse(request, guard))
@@ -366,19 +366,19 @@ def end_with_parent() -> None:
     while os.read(0, 1): pass
     os._exit(1)
 
-_SAYING = threading.Lock()  # held by whoever speaks last
+_SENDING = threading.Lock()  # held by whoever is first
 
-def say(said: dict, result: Any) -> None:
+def send_result(said: dict, result: Any) -> None:
     "Say what became of the request, and end this process."
-    with _SAYING:
+    with _SENDING:
         result.write(json.dumps(said))
         result.flush()
         os._exit(0)
 
-def end_in_time(guard: Guard, result: Any) -> None:
+def end_in_time(guard: FetchGuard, result: Any) -> None:
     "End this process when its time is over, whatever it waits for."
     time.sleep(max(0, guard.deadline - time.monotonic()) + GRACE)
-    say({"why": guard.too_late() + guard.kept()}, result)
+    send_result({"why": guard.too_late() + guard.kept()}, result)
 
 def serve() -> None:
     "Carry out the request on standard input; only what became of it goes to standard output."
@@ -388,10 +388,10 @@ def serve() -> None:
     wanted["patterns"] = tuple(wanted["patterns"])
     wanted["limits"] = FetchLimits(**wanted["limits"])
     request = FetchRequest(**wanted)
-    guard = Guard(request.limits)
+    guard = FetchGuard(request.limits)
     threading.Thread(target=end_with_parent, daemon=True).start()
     threading.Thread(target=end_in_time, args=(guard, result), daemon=True).start()
-    say(answer(request, guard), result)
+    send_result(answer(request, guard), result)
 
 def child_environment(request: FetchRequest) -> dict[str, str]:
     "The settings of this process, for the one that fetches."

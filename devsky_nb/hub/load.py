@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/hub/10_load.ipynb #5afa4e2e
-import logging, re, sys, threading
+import logging, os, re, sys, threading
 from collections.abc import Iterator
 from contextlib import contextmanager, ExitStack
 from functools import cache
@@ -22,7 +22,8 @@ from ..errors import MLError, ModelLoadError, ValidationError
 from .configs import AGAIN, check_configs, class_names, configurations, fields, LIBRARIES
 from .configs import refused, RefusedModel, SAFETY_CHECKER
 from .cache import MANIFEST
-from .weights import file_variant, is_component, network_files, read_index, weight_folders, weights_variant
+from .weights import file_variant, is_blob, is_component, network_files, read_index, weight_folders
+from .weights import weights_variant
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,13 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/hub/10_load.ipynb #3d837f6f
 LOADING = threading.RLock()  # progress bars, log levels and torch's default dtype are global, so loads take turns
+
+def _after_fork() -> None:
+    "Give the child of a fork a lock that nobody holds."
+    global LOADING
+    LOADING = threading.RLock()
+
+if hasattr(os, "register_at_fork"): os.register_at_fork(after_in_child=_after_fork)
 
 class Messages(logging.Handler):
     "Collects what is logged."
@@ -185,10 +193,19 @@ def check_proportions(cls: Any, part: Path) -> None:
     raise RefusedModel(f"{part / 'config.json'} describes {described:,} parameters, and the files beside it hold "
                        f"{stored:,}. {AGAIN}", details=details)
 
+# %% ../../nbs/hub/10_load.ipynb #5e1f0006
+def copy_mapped_weights(network: "torch.nn.Module", folder: Path) -> None:
+    "Have a network on the CPU keep its weights, whatever becomes of the files that they were read from."
+    import torch
+    if all(map(is_blob, network_files(folder))): return
+    for tensor in (*network.parameters(), *network.buffers()):
+        if type(tensor) in (torch.Tensor, torch.nn.Parameter): tensor.data = tensor.data.clone()
+
 # %% ../../nbs/hub/10_load.ipynb #4679bed6
 def load_part(cls: ModelClass,
               folder: Path,
               dtype: "torch.dtype",
+              device: str = "cpu",  # where it will be moved
               **options: object,  # such as variant="fp16"
               ) -> "torch.nn.Module":
     "Load one network, completely or not at all."
@@ -198,7 +215,9 @@ def load_part(cls: ModelClass,
                                           trust_remote_code=False, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     mismatched = sorted(map(str, info["mismatched_keys"]))
-    if not (missing or mismatched): return model.eval()
+    if not (missing or mismatched):
+        if device == "cpu": copy_mapped_weights(model, folder)
+        return model.eval()
     lost = f"{len(missing)} are missing and {len(mismatched)} have another shape, such as {(missing + mismatched)[0]}"
     raise ModelLoadError(f"{folder} has not all weights of {cls.__name__}: {lost}. Save or fetch the model again",
                          details={"folder": str(folder), "missing_keys": missing, "mismatched_keys": mismatched})
@@ -296,6 +315,7 @@ def check_small_files(folder: Path) -> None:
 
 def load_pipeline(folder: Path,
                   dtype: "torch.dtype",
+                  device: str = "cpu",  # where it will be moved
                   **parts: "torch.nn.Module",  # networks that are loaded already
                   ) -> "StableDiffusionXLPipeline":
     "Load a pipeline, each of its networks completely or not at all."
@@ -305,7 +325,7 @@ def load_pipeline(folder: Path,
     check_small_files(folder)
     for part in weight_folders(folder):
         if part.name in parts: continue
-        parts[part.name] = load_part(part_class(part), part, dtype, **weights_variant(part, dtype))
+        parts[part.name] = load_part(part_class(part), part, dtype, device, **weights_variant(part, dtype))
     with load_errors(StableDiffusionXLPipeline, folder):
         return StableDiffusionXLPipeline.from_pretrained(str(folder), use_safetensors=True, trust_remote_code=False,
                                                          local_files_only=True, **parts)
@@ -332,7 +352,7 @@ def load_folder(folder: Path,
     refuse_quantized(folder)
     if (folder / "model_index.json").is_file():
         require("diffusers")
-        with quiet("transformers", "diffusers"): return load_pipeline(folder, dtype).to(device)
+        with quiet("transformers", "diffusers"): return load_pipeline(folder, dtype, device).to(device)
     config = read_json(folder / "config.json")
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CLIP_CLASSES:
@@ -342,4 +362,4 @@ def load_folder(folder: Path,
     cls = getattr(import_module("transformers"), CLIP_CLASSES[kind])
     check_classes(folder)
     with quiet("transformers"):
-        return load_part(cls, folder, dtype, **weights_variant(folder, dtype)).to(device)
+        return load_part(cls, folder, dtype, device, **weights_variant(folder, dtype)).to(device)

@@ -230,7 +230,7 @@ class HubSource:
     spec: ModelSpec
     revision: str
 
-Source = LocalSource | HubSource
+ModelSource = LocalSource | HubSource
 
 def refuse_versions(what: str, **asked: str | None) -> None:
     "Say that something has no revisions, versions or stages, if one was asked for."
@@ -254,7 +254,7 @@ def find_source(name: str | Path,  # alias, "org/name" on the Hub, or a local fo
                 revision: str | None = None,  # branch, tag, commit, or the beginning of a commit
                 version: str | None = None,  # beginning of a locked commit
                 stage: str | None = None,  # of a locked version
-                ) -> Source:
+                ) -> ModelSource:
     "What a name means; nothing is fetched."
     if not isinstance(name, str | Path):
         raise ValidationError(f"no model {name!r}: expected an alias, 'org/name' or a folder",
@@ -277,7 +277,7 @@ def find_source(name: str | Path,  # alias, "org/name" on the Hub, or a local fo
     return LocalSource(bundled_folder(spec), spec)
 
 # %% ../../nbs/hub/09_locate.ipynb #ae5c3f3d
-def present_folder(source: Source, cache_dir: str | Path | None) -> Path | None:  # None: not in the cache
+def present_folder(source: ModelSource, cache_dir: str | Path | None) -> Path | None:  # None: not in the cache
     "Where a model would be read, without a look at its files."
     if isinstance(source, LocalSource): return source.folder
     commits = cached_commits(source.spec, source.revision, cache_dir)
@@ -298,7 +298,7 @@ def found_or_fetched(source: HubSource,
         folder = None
     return folder or fetch(spec, source.revision, cache_dir, offline, limits)
 
-def complete_folder(source: Source,
+def complete_folder(source: ModelSource,
                     cache_dir: str | Path | None,
                     offline: bool | None,
                     limits: FetchLimits = FetchLimits(),

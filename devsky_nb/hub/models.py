@@ -210,12 +210,6 @@ def versions_of(alias: str, models: dict[str, Any], path: Path) -> list[dict]:  
         if not is_version(version): raise damaged_lock(path, f"{alias}: bad version {version!r:.120}")
     return versions
 
-def read_lock(path: Path) -> dict[str, list[dict]]:  # alias -> versions, oldest first
-    "The locked versions of all models whose entries can be read."
-    models = load_lock(path)
-    return {alias: versions for alias, versions in models.items()
-            if isinstance(versions, list) and all(map(is_version, versions))}
-
 # %% ../../nbs/hub/06_models.ipynb #603dc14a
 @contextmanager
 def edit_lock(path: Path) -> Iterator[dict[str, Any]]:  # alias -> versions; change it in place

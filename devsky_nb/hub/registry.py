@@ -19,7 +19,7 @@ from ..device import (check_device, dtype_name, is_out_of_memory, memory_info, r
                       release_traceback)
 from ..errors import InsufficientMemoryError, MLError, ValidationError
 from .load import check_dtype, load_folder
-from .locate import complete_folder, HubSource, LocalSource, present_folder, Source
+from .locate import complete_folder, HubSource, LocalSource, present_folder, ModelSource
 from .models import KNOWN, ModelSpec
 from .pins import folder_name
 from .settings import hub_cache
@@ -279,7 +279,7 @@ class ModelRegistry(ModelStore):
     # %% ../../nbs/hub/12_registry.ipynb #ea41116a
     def _request(self,
                  name: str | Path,
-                 source: Source,
+                 source: ModelSource,
                  device: str | None,
                  dtype: "torch.dtype | None",
                  **form: Any,  # form, load, needed
@@ -438,7 +438,7 @@ class ModelRegistry(ModelStore):
         finally: self._memory.give_back(entry, passing=True)
 
     # %% ../../nbs/hub/12_registry.ipynb #dbc87f16
-    def _belongs(self, key: ModelKey, source: Source) -> bool:
+    def _belongs(self, key: ModelKey, source: ModelSource) -> bool:
         "Whether a model in memory comes from what a name means, in whatever version."
         if isinstance(source, LocalSource): return Path(key.folder) == source.folder
         return Path(key.folder).parent == self.cache_dir / folder_name(source.spec.repo_id) / "snapshots"
@@ -486,7 +486,7 @@ LoadFunction = Callable[[Path, str, "torch.dtype"], object]  # folder, device, d
 class Request:
     "One model, as it was asked for."
     name: str
-    source: Source
+    source: ModelSource
     device: str
     dtype: "torch.dtype"
     form: str = ""

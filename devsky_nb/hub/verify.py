@@ -17,7 +17,7 @@ from ..errors import ModelLoadError, ValidationError
 from .pins import (cached_commit, COMMIT, fetch_command, is_within, read_ref, ref_remedy, repo_folder,
                    repo_name)
 from .settings import cache_folder, CacheProblem, hub_cache
-from .weights import has_weights_suffix, missing_shards, read_object
+from .weights import COMPONENT, has_weights_suffix, is_component, missing_shards, read_object
 
 # %% ../../nbs/hub/04_verify.ipynb #c6e9c116
 HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")
@@ -77,8 +77,6 @@ def safetensors_error(path: Path) -> Exception | None:  # None: as long as its h
     except (SafetensorError, OSError) as e: return e
 
 # %% ../../nbs/hub/04_verify.ipynb #69f774ba
-COMPONENT = r"[A-Za-z0-9][\w-]{0,99}"  # a folder of a pipeline
-
 def missing_parts(snapshot: Path) -> Iterator[tuple[str, str]]:  # file, what is missing
     "What a revision's own files say should be there and is not."
     paths = sorted(snapshot.rglob("*"))
@@ -89,9 +87,9 @@ def missing_parts(snapshot: Path) -> Iterator[tuple[str, str]]:  # file, what is
         for shard, by in missing_shards(folder).items():
             file = Path(os.path.relpath(folder / shard, snapshot)).as_posix()
             yield file, f"{by} lists it, and it was never downloaded"
-    for name, value in read_object(snapshot / "model_index.json").items():
-        is_component = isinstance(value, list) and value and value[0] and re.fullmatch(COMPONENT, name)
-        if is_component and not any((snapshot / name).glob("*")):
+    for name, entry in read_object(snapshot / "model_index.json").items():
+        is_wanted = COMPONENT.fullmatch(name) and is_component(entry) and entry[0] is not None
+        if is_wanted and not any((snapshot / name).glob("*")):
             yield name, "model_index.json lists this component, and it was never downloaded"
 
 # %% ../../nbs/hub/04_verify.ipynb #b7962860

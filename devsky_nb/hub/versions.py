@@ -15,7 +15,7 @@ from .._core import check_choice, check_flag, damaged, html_table, read_json, st
 from ..errors import ModelLoadError, ValidationError
 from .fetch import fetch_limits
 from .locate import bundled_folder, cached_snapshot, check_snapshot, complete_folder, download
-from .locate import fetch, find_source, HubSource, mend_snapshot, not_here, Source, wanted_revision
+from .locate import fetch, find_source, HubSource, mend_snapshot, not_here, ModelSource, wanted_revision
 from .models import choose_version, edit_lock, find_spec, KNOWN, lock_path, locked_versions, ModelSpec
 from .models import load_lock, STAGES, versions_of
 from .pins import pin
@@ -80,7 +80,7 @@ class ModelStore:
         return locked_versions(self.spec(alias), self.lockfile)
 
     def _source(self, name: str | Path, revision: str | None = None, version: str | None = None,
-                stage: str | None = None) -> Source:
+                stage: str | None = None) -> ModelSource:
         "What a name means here."
         return find_source(name, self.known, self.cache_dir, self.lockfile, revision, version, stage)
 

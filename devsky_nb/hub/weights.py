@@ -240,11 +240,15 @@ def is_settled(identity: Identity) -> bool:
     return True
 
 # %% ../../nbs/hub/03_weights.ipynb #06d1a002
+def is_blob(path: Path) -> bool:
+    "Whether a file, links followed, is a blob of the Hub's cache: its client replaces them and never writes to one."
+    file = path.resolve()
+    return file.parent.name == "blobs" and file.parents[1].name.startswith("models--")
+
 def promised_digest(path: Path) -> str | None:  # None: the name promises nothing
     "The checksum that a file of the Hub's cache has for a name."
-    file = path.resolve()
-    in_cache = file.parent.name == "blobs" and file.parents[1].name.startswith("models--")
-    return file.name if in_cache and re.fullmatch("[0-9a-f]{64}", file.name) else None
+    name = path.resolve().name
+    return name if is_blob(path) and re.fullmatch("[0-9a-f]{64}", name) else None
 
 def digest_record(identity: Identity, cache_dir: str | Path | None = None) -> Path:
     "Where the checksum of a file is kept, beside the Hub's cache."

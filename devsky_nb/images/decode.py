@@ -68,10 +68,19 @@ def guess_format(data: bytes) -> str:  # "" if unknown
             return name
     return ""
 
+BEGINNING = 16  # bytes that are shown of what is not known
+
+def first_bytes(data: bytes) -> str:
+    "How an unknown file begins, for people: the words of a text, else numbers."
+    try: text = data[:BEGINNING].decode("ascii")
+    except UnicodeDecodeError: text = ""
+    if text.isprintable() and text: return f"begins like a text, {text!r}"
+    return f"begins with the bytes {data[:BEGINNING].hex(' ')}"
+
 def unknown_format(data: bytes) -> DevSkyyError:  # to be raised
     "The refusal of a format, with what to do about it."
     looks_like = guess_format(data)
-    found = f"looks like {looks_like}" if looks_like else f"begins with {data[:8]!r}"
+    found = f"looks like {looks_like}" if looks_like else first_bytes(data)
     remedy = "save it as JPEG or PNG" if looks_like else "if it is an image, save it as JPEG or PNG"
     if looks_like == "HEIC":
         remedy += ", or open it with pillow-heif and pass the opened image"
@@ -106,7 +115,7 @@ def open_encoded(data: bytes) -> ImageFile.ImageFile:  # header read, no pixel d
 
 # %% ../../nbs/images/05_decode.ipynb #cd3ef63f
 MAX_SCANS = 100
-START_OF_SCAN = b"\xff\xda"
+SCAN_MARKER = b"\xff\xda"
 
 def check_header(image: Image.Image,
                  policy: ImagePolicy = ImagePolicy(),
@@ -119,7 +128,7 @@ def check_header(image: Image.Image,
         raise load_error("too-many-pixels", f"{width:,} × {height:,} pixels, {limit}")
     if width * height == 0:
         raise load_error("no-pixels", f"{width} × {height} pixels")
-    if data.startswith(b"\xff\xd8") and data.count(START_OF_SCAN) > MAX_SCANS:
+    if data.startswith(b"\xff\xd8") and data.count(SCAN_MARKER) > MAX_SCANS:
         scans = count_scans(data)
         if scans > MAX_SCANS:
             raise load_error("too-many-scans", f"a JPEG with {scans:,} scans, more than {MAX_SCANS}")

@@ -66,7 +66,7 @@ IMAGE_BRANDS = frozenset((b"avif", b"avis", b"heic", b"heix", b"hevc", b"heim", 
 PACKED_STARTS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "Zstandard", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2",
                  b"PK\3\4": "ZIP", b"7z\xbc\xaf'\x1c": "7z", b"Rar!": "RAR"}
 
-def is_image(head: bytes) -> bool:  # the first 16 bytes are enough
+def begins_like_image(head: bytes) -> bool:  # the first 16 bytes are enough
     "Whether bytes begin like an image."
     if head[:4] == b"RIFF":
         return head[8:12] == b"WEBP"
@@ -82,7 +82,7 @@ def packing(head: bytes) -> str:  # "gzip"; "" if it is not packed
 
 def kind_by_content(head: bytes) -> str:  # IMAGE, TAR, PARQUET, or a reason to leave it out
     "What a file is by its first bytes."
-    if is_image(head):
+    if begins_like_image(head):
         return IMAGE
     if head[257:262] == b"ustar":
         return TAR

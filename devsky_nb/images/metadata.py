@@ -45,14 +45,14 @@ def png_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:  # name, first 
     raise load_error("too-many-parts", f"a PNG of more than {MAX_CHUNKS:,} chunks")
 
 # %% ../../nbs/images/03_metadata.ipynb #3ad0000c
-PACKED = {b"iCCP": re.compile(rb"[^\0]{1,79}\0\0"),
+PACKED_CHUNKS = {b"iCCP": re.compile(rb"[^\0]{1,79}\0\0"),
           b"zTXt": re.compile(rb"[^\0]{1,79}\0\0"),
           b"iTXt": re.compile(rb"[^\0]{1,79}\0\x01\0[^\0]*\0[^\0]*\0")}  # what stands before the packed bytes
 ORIENTATION_TEXTS = (b"Raw profile type exif\0", b"XML:com.adobe.xmp\0")
 
 def unpacked_size(name: bytes, body: memoryview, limit: int) -> int:  # at most `limit + 1`
     "What a chunk takes when it is unpacked."
-    head = PACKED[name].match(body) if name in PACKED else None
+    head = PACKED_CHUNKS[name].match(body) if name in PACKED_CHUNKS else None
     if head is None:
         return min(len(body), limit + 1)
     packed = body[head.end():][:2 * limit + 1024]
@@ -91,7 +91,7 @@ def needed_chunk(name: bytes,
     "An ancillary chunk for the decoder; a `ValueError` or an error of zlib or struct if it is damaged."
     if zlib.crc32(body, zlib.crc32(name)) != int.from_bytes(checksum, "big"):
         raise ValueError("the checksum is wrong")
-    if name in (b"iCCP", b"zTXt") and not PACKED[name].match(body):
+    if name in (b"iCCP", b"zTXt") and not PACKED_CHUNKS[name].match(body):
         raise ValueError("it is packed in an unknown way")
     content = eight_bit_transparency(bytes(body), header[24], header[25]) if name == b"tRNS" else bytes(body)
     return struct.pack(">I4s", len(content), name) + content + struct.pack(">I", zlib.crc32(name + content))
@@ -145,7 +145,8 @@ def lighten_png(data: bytes) -> Lightened:
 MARKER = re.compile(rb"\xff+([\x01-\xfe])")
 MARKER_AFTER_SCAN = re.compile(rb"\xff+([\x01-\xcf\xd8-\xfe])")  # restarts belong to the scan
 WITHOUT_LENGTH = frozenset([1, *range(0xD0, 0xDA)])
-START_OF_SCAN, END_OF_IMAGE = 0xDA, 0xD9
+START_OF_SCAN = 0xDA
+END_OF_IMAGE = 0xD9
 MAX_SEGMENTS = 10_000
 MAX_STRAY = 2**16  # bytes between segments that belong to none
 

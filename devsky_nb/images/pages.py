@@ -15,8 +15,14 @@ from .._core import format_bytes
 from .items import open_regular
 
 # %% ../../nbs/images/13_pages.ipynb #11c10006
-BOOLEANS, BYTE, INTEGERS, DOUBLE, BINARY, LISTS, STRUCT = (1, 2), 3, (4, 5, 6), 7, 8, (9, 10), 12  # kinds of values
-DEEPEST = 8  # structs and lists within each other; a footer has 6
+BOOLEANS = (1, 2)  # the kinds of values
+BYTE = 3
+INTEGERS = (4, 5, 6)
+DOUBLE = 7
+BINARY = 8
+LISTS = (9, 10)
+STRUCT = 12
+STRUCT_LEVELS = 8  # structs and lists within each other; a footer has 6
 
 class Thrift:
     "Values in the compact protocol, one after the other; `ValueError` or `IndexError` where there is none."
@@ -42,7 +48,7 @@ class Thrift:
 
     def value(self, kind: int, depth: int) -> Any:
         "One value of a kind."
-        if depth > DEEPEST:
+        if depth > STRUCT_LEVELS:
             raise ValueError("structs too deep within each other")
         if kind in INTEGERS:
             return self.integer()
@@ -86,7 +92,8 @@ class Stretch(NamedTuple):
 def column_stretch(chunk: dict[int, Any]) -> Stretch:  # fields of a `ColumnChunk`
     "The stretch that a footer states; fields 7, 9 and 11 are the size, the first page and the dictionary."
     about = chunk.get(3, {})
-    start, dictionary = about.get(9, -1), about.get(11, 0)
+    start = about.get(9, -1)
+    dictionary = about.get(11, 0)
     stretch = Stretch(dictionary if 0 < dictionary < start else start, about.get(7, -1))
     if min(stretch) < 0:
         raise ValueError("a column has no place in the file")

@@ -26,7 +26,8 @@ class ImagePolicy:
         root: files outside this folder are refused, links followed
 
     Raises:
-        ValidationError: a limit is no whole number of at least 1, or `background` is not three whole numbers from 0 to 255.
+        ValidationError: a limit is no whole number of at least 1, or `background` is not three whole numbers from 0 to
+            255.
     """
     max_pixels: int = 64_000_000  # width times height
     max_bytes: int = 134_217_728  # of an encoded file

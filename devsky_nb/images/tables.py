@@ -42,7 +42,7 @@ def is_text(dtype: "pyarrow.DataType") -> bool:
     kinds = (types.is_string, types.is_large_string, types.is_string_view)
     return any(is_kind(plain_type(dtype)) for is_kind in kinds)
 
-def is_image(dtype: "pyarrow.DataType") -> bool:
+def holds_images(dtype: "pyarrow.DataType") -> bool:
     "Whether a column of this type holds images by value."
     from pyarrow import types
     dtype = plain_type(dtype)
@@ -55,7 +55,7 @@ PATH_COLUMNS = ("path", "image_path", "file", "file_path", "file_name", "filenam
 
 def fitting_columns(schema: "pyarrow.Schema") -> list[str]:
     "The columns that hold images, or else the first that is named like a column of paths."
-    by_value = [field.name for field in schema if is_image(field.type)]
+    by_value = [field.name for field in schema if holds_images(field.type)]
     by_path = [name for name in PATH_COLUMNS if schema.names.count(name) == 1 and is_text(schema.field(name).type)]
     return by_value or by_path[:1]
 
@@ -76,7 +76,7 @@ def image_column(schema: "pyarrow.Schema",
         fitting = fitting_columns(schema)
         problem = "no column is clearly the images'"
     else:
-        possible = [field.name for field in schema if is_image(field.type) or is_text(field.type)]
+        possible = [field.name for field in schema if holds_images(field.type) or is_text(field.type)]
         fitting = [name for name in possible if name == column]
         problem = f"no column {column!r} of bytes, of struct<bytes, path> or of paths"
     lists = [field.name for field in schema if types.is_nested(field.type) and not types.is_struct(field.type)]

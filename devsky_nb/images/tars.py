@@ -82,7 +82,8 @@ class Extension:
         self.name = sparse_name or records.get("path") or self.name
         self.is_sparse = any(key.startswith("GNU.sparse.") for key in records)
         if self.name is not None and len(self.name) > LONGEST_NAME:
-            length, self.name = len(self.name), None
+            length = len(self.name)
+            self.name = None
             raise ValueError(f"its name has {length:,} characters")
         size = records.get("size")
         if size is None:

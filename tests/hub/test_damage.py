@@ -8,7 +8,7 @@ from hubcache import blob_name, make_repo
 from devsky_nb.errors import DevSkyyError, ModelLoadError, ModelNotFoundError, ValidationError
 from devsky_nb.hub.cache import cache_report, plan_eviction, quantized_copies
 from devsky_nb.hub.locate import cached_snapshot, locate_model
-from devsky_nb.hub.models import edit_lock, find_spec, lock_path, read_lock
+from devsky_nb.hub.models import edit_lock, find_spec, load_lock, lock_path
 from devsky_nb.hub.pins import cached_commit, last_used, pin, pins, record_use, unpin
 from devsky_nb.hub.registry import ModelRegistry
 from devsky_nb.hub.settings import cache_problems, quantized_cache
@@ -90,10 +90,21 @@ def test_a_pin_that_is_no_commit_stops_its_own_repository_alone(content, hub):
 
 
 @pytest.mark.parametrize("content", ["pipe", "device", b"\xff" * 40], ids=short)
-def test_unreadable_refs_of_one_repository_are_a_line_of_the_report_and_stop_an_eviction(content, hub):
+def test_unreadable_refs_of_one_repository_are_a_line_of_the_report_and_stop_an_eviction(content, hub, tmp_path):
+    make_repo(hub, "o/other", {B: FILES}, {"main": B})
+    outside = tmp_path / "outside.json"
+    outside.write_text("{}")
+    link = hub / "models--o--other" / "snapshots" / B / "more.json"
+    link.symlink_to(outside)
+    (hub / "models--o--third").mkdir()
+    whole = cache_report(hub)
     ref = put(repo(hub) / "refs" / "main", content)
-    [problem] = [p for p in cache_report(hub).problems if "refs/main" in p.what]
-    assert f"rm {ref}" in problem.remedy
+    report = cache_report(hub)
+    assert [(r.repo_id, r.commit, r.refs) for r in report.revisions] == [("o/other", B, ("main",))]  # the others are listed
+    assert 0 < report.size == whole.size - sum(map(len, FILES.values()))
+    problem, *others = report.problems
+    assert f"{ref} cannot be read: " in problem.what and "its repository is left out" in problem.what and f"rm {ref}" in problem.remedy
+    assert others == whole.problems and f"{hub}/models--o--third" in others[0].what and f"rm {link}" in others[1].remedy
     with pytest.raises(ModelLoadError, match="refs/main cannot be read"): plan_eviction(max_bytes=0, cache_dir=hub)
 
 
@@ -244,7 +255,7 @@ def test_a_damaged_list_is_named_and_stops_nothing(content, copies):
 def test_a_damaged_lockfile_is_named(content, hub):
     lock = put(lock_path(cache_dir=hub), content)
     registry = ModelRegistry(hub, offline=True, device="cpu")
-    for use in (lambda: registry.locate("o/m"), registry.specs, lambda: registry.prefetch("o/m"), lambda: read_lock(lock)):
+    for use in (lambda: registry.locate("o/m"), registry.specs, lambda: registry.prefetch("o/m"), lambda: load_lock(lock)):
         with pytest.raises(ValidationError, match="lockfile .*is damaged .*prefetch the models again"): use()
 
 

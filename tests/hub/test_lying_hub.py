@@ -102,7 +102,7 @@ for number, name in enumerate(["truth", *t.ATTACKS]):
     with t.LyingHub(t.placed(lies, str(tmp))) as hub:
         limits = fetch.FetchLimits(30, lies.get("max_bytes", 2**20))
         request = fetch.FetchRequest("shop/clip", "main", ("*.json", "*.safetensors"), None, str(tmp / "hub"), hub.address, limits)
-        said = fetch.answer(request, fetch.Guard(limits))
+        said = fetch.answer(request, fetch.FetchGuard(limits))
         outside = [str(p) for p in tmp.iterdir() if p.name != "hub"]
         inside = [str(p.relative_to(tmp / "hub")) for p in (tmp / "hub").rglob("*")]
         print(json.dumps([name, said, outside, inside, len(hub.log)]), flush=True)

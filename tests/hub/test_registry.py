@@ -8,12 +8,12 @@ from urllib.parse import urlsplit
 import pytest
 
 from devsky_nb.device import check_device
-from devsky_nb.errors import InsufficientMemoryError, MLError, ModelLoadError, ModelNotFoundError, ValidationError
+from devsky_nb.errors import DevSkyyError, InsufficientMemoryError, MLError, ModelLoadError, ModelNotFoundError, ValidationError
 from devsky_nb.hub.locate import locate_model
 from devsky_nb.hub import registry as registry_module
-from devsky_nb.hub.models import edit_lock, find_spec, ModelSpec, read_lock
+from devsky_nb.hub.models import edit_lock, find_spec, load_lock, ModelSpec
 from devsky_nb.hub.registry import default_registry, load_model, ModelRegistry, registry_for
-from devsky_nb.hub.weights import expected_bytes, model_bytes
+from devsky_nb.hub.weights import expected_bytes, model_bytes, networks
 from hubcache import blob_name, make_repo
 
 OLD, NEW = "a" * 40, "b" * 40
@@ -362,15 +362,15 @@ def test_eviction_passes_over_a_leased_model_although_it_is_the_oldest(shop):
 
 
 def test_threads_that_lease_more_than_fits_keep_the_limit_and_their_models(shop, loads):
-    size, bad, refused, leased, enough = model_bytes(load_model("tiny-clip", "cpu")), [], [], {k: 0 for k in range(4)}, 10
+    size, bad, refused, leased, enough = model_bytes(load_model("tiny-clip", "cpu")), [], [], {k: 0 for k in range(4)}, 5
     r = make_registry(shop, max_bytes=2 * size + 1000)
     names = ["clip", "other", "tiny-clip", "shop/clip"]
     stop = time.monotonic() + 120  # if the others hold everything for ever
 
     def work(k):
-        "Go on until each thread has had enough leases, so that there is always someone to contend with."
+        "Go on until each thread has had enough leases and somebody none, so that there is always someone to contend with."
         for i in itertools.count():
-            if min(leased.values()) >= enough or time.monotonic() > stop: return
+            if (min(leased.values()) >= enough and refused) or time.monotonic() > stop: return
             try:
                 with r.lease(names[(i * (k + 1)) % 4]) as model:
                     for _ in range(2):
@@ -514,12 +514,12 @@ def test_twenty_threads_lease_models_forms_and_revisions(shop, loads):
 
 FORK = """
 import os, sys, threading
-from devsky_nb.hub import registry
+from devsky_nb.hub import load, registry
 r = registry.ModelRegistry(sys.argv[1], offline=True)
 held = threading.Event()
 
 def hold():
-    with r._memory.locked(), registry._MAKING:
+    with r._memory.locked(), registry._MAKING, load.LOADING:
         held.set()
         threading.Event().wait()
 
@@ -527,7 +527,7 @@ threading.Thread(target=hold, daemon=True).start()
 held.wait()
 child = os.fork()
 if child == 0:
-    print(r, registry.default_registry(sys.argv[1]) is not None, flush=True)
+    with load.quiet(): print(r, registry.default_registry(sys.argv[1]) is not None, flush=True)
     os._exit(0)
 os.waitpid(child, 0)
 os._exit(0)
@@ -661,6 +661,31 @@ def test_weights_that_were_saved_anew_are_loaded_anew(tmp_path, shop):
     again = r.get_model(folder)
     assert again is not lease.model
     assert (again.visual_projection.weight == 2 * lease.model.visual_projection.weight).all()
+
+
+def mapped(folder):
+    "The files of a folder that this process has in its memory."
+    return [line for line in Path("/proc/self/maps").read_text().splitlines() if f"{folder}/" in line]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads from /proc which files are mapped")
+@pytest.mark.parametrize("name", ["tiny-clip", "tiny-sdxl"])
+def test_no_weight_changes_with_its_file_while_it_is_in_use(name, tmp_path):
+    import torch
+    folder = Path(shutil.copytree(locate_model(name), tmp_path / "mine"))
+    with ModelRegistry(tmp_path, device="cpu").lease(folder, dtype=torch.float16) as model:
+        before = [weight.clone() for network in networks(model) for weight in network.parameters()]
+        assert before[0].dtype == torch.float16 and mapped(folder) == []  # or a shorter file would end the process
+        for file in folder.rglob("*.safetensors"):
+            with file.open("r+b") as f: f.write(bytes(file.stat().st_size))
+        after = [weight for network in networks(model) for weight in network.parameters()]
+        assert all(map(torch.equal, before, after))
+
+
+def test_the_blobs_of_a_cache_stay_mapped(shop):
+    import torch
+    if not Path("/proc/self/maps").exists(): pytest.skip("reads from /proc which files are mapped")
+    with make_registry(shop).lease("clip", dtype=torch.float16): assert mapped(shop / "models--shop--clip" / "blobs")
 
 
 def test_a_form_of_nothing_is_an_error(shop):
@@ -810,19 +835,19 @@ def test_processes_lock_without_losing_a_version(tmp_path):
     lock = tmp_path / "lock.json"
     ps = [subprocess.Popen([sys.executable, "-c", PROMOTE, lock, f"m{i % 2}", "15"]) for i in range(4)]
     assert [p.wait(60) for p in ps] == [0] * 4
-    assert {k: len(v) for k, v in read_lock(lock).items()} == {"m0": 30, "m1": 30}
+    assert {k: len(v) for k, v in load_lock(lock).items()} == {"m0": 30, "m1": 30}
 
 
 def test_a_killed_process_leaves_a_valid_lockfile(tmp_path):
     lock = tmp_path / "lock.json"
     for versions in (1, 5, 20, 40):
         p, stop = subprocess.Popen([sys.executable, "-c", PROMOTE, lock, "m", "100000"]), time.monotonic() + 60
-        while len(read_lock(lock).get("m", ())) < versions:
+        while len(load_lock(lock).get("m", ())) < versions:
             assert time.monotonic() < stop and p.poll() is None
             time.sleep(.001)
         p.send_signal(signal.SIGKILL)
         p.wait()
-        assert len(read_lock(lock)["m"]) >= versions
+        assert len(load_lock(lock)["m"]) >= versions
     with edit_lock(lock) as models: assert models["m"]
 
 
@@ -886,28 +911,26 @@ def hub():
     server.server_close()
 
 
-CALL = """
-import json, sys
-from devsky_nb.errors import DevSkyyError
-from devsky_nb.hub.models import ModelSpec
-from devsky_nb.hub.registry import ModelRegistry
-r = ModelRegistry(sys.argv[1], device="cpu")
-r.register(ModelSpec("clip", "shop/clip", "clip"))
-try: print(json.dumps(getattr(r, sys.argv[2])(sys.argv[3]).to_dict()))
-except DevSkyyError as e: print(json.dumps(e.to_dict()))
-"""
+@pytest.fixture
+def call(monkeypatch):
+    "Ask a registry whose Hub is on this machine. Fetching has a process of its own, which gets the settings of this one."
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    for name in ("NO_PROXY", "no_proxy"): monkeypatch.setenv(name, "127.0.0.1")
+    monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
+
+    def ask(cache, hub, method, name, **env):
+        for variable, value in env.items(): monkeypatch.setenv(variable, value)
+        address = hub if isinstance(hub, str) else f"http://127.0.0.1:{hub.server_port}"
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", address)
+        r = ModelRegistry(cache, device="cpu")
+        r.register(ModelSpec("clip", "shop/clip", "clip"))
+        try: answer = getattr(r, method)(name)
+        except DevSkyyError as e: answer = e
+        return answer if isinstance(answer, Path) else json.loads(json.dumps(answer.to_dict()))
+    return ask
 
 
-def call(cache, hub, method, name, code=CALL, **env):
-    address = hub if isinstance(hub, str) else f"http://127.0.0.1:{hub.server_port}"
-    done = python(code, cache, method, name,
-                  env={"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1",
-                       "no_proxy": "127.0.0.1", **env})
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_prefetch_downloads_only_safe_files_and_locks_the_commit(hub, tmp_path):
+def test_prefetch_downloads_only_safe_files_and_locks_the_commit(hub, tmp_path, call):
     hub.repos["shop/clip"] = {"main": NEW}, {NEW: {**FILES, "pytorch_model.bin": b"\x80pickle", "model.py": b"evil()",
                                                    "README.md": b"# x"}}
     result = call(tmp_path, hub, "prefetch", "clip")
@@ -931,23 +954,23 @@ LISTED = {"model_index.json": b'{"_class_name": "StableDiffusionXLPipeline", "un
     ("shop/wear", [], ["text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.fp16.safetensors"]),
     ("shop/wear", ["unet/diffusion_pytorch_model.fp16.safetensors"],
      ["text_encoder/model.safetensors", "unet/diffusion_pytorch_model.safetensors"])])
-def test_of_an_unknown_repository_each_network_is_fetched_once(name, lacks, expected, hub, tmp_path):
+def test_of_an_unknown_repository_each_network_is_fetched_once(name, lacks, expected, hub, tmp_path, call):
     hub.repos[name] = {"main": NEW}, {NEW: {n: d for n, d in LISTED.items() if n not in lacks}}
     folder = Path(call(tmp_path, hub, "prefetch", name)["folder"])
     assert sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*.safetensors")) == expected
     log = len(hub.log)
-    assert Path(call(tmp_path, hub, "locate", name, CALL.replace(".to_dict()", ".as_posix()"))) == folder
+    assert call(tmp_path, hub, "locate", name) == folder
     assert len(hub.log) == log
 
 
-def test_a_single_model_is_fetched_in_full_precision(hub, tmp_path):
+def test_a_single_model_is_fetched_in_full_precision(hub, tmp_path, call):
     hub.repos["shop/towel"] = {"main": NEW}, {NEW: {**FILES, "model.fp16.safetensors": FILES["model.safetensors"],
                                                     "onnx/model.safetensors": FILES["model.safetensors"]}}
     folder = Path(call(tmp_path, hub, "prefetch", "shop/towel")["folder"])
     assert [p.name for p in folder.glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_prefetch_replaces_a_damaged_file(hub, tmp_path):
+def test_prefetch_replaces_a_damaged_file(hub, tmp_path, call):
     hub.repos["shop/clip"] = {"main": NEW}, {NEW: FILES}
     folder = Path(call(tmp_path, hub, "prefetch", "clip")["folder"])
     blob = (folder / "model.safetensors").resolve()
@@ -957,7 +980,7 @@ def test_prefetch_replaces_a_damaged_file(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_prefetch_replaces_a_damaged_copy_where_there_are_no_links(hub, tmp_path):
+def test_prefetch_replaces_a_damaged_copy_where_there_are_no_links(hub, tmp_path, call):
     hub.repos["shop/clip"] = {"main": NEW}, {NEW: FILES}
     fetched = call(tmp_path, hub, "prefetch", "clip", HF_HUB_DISABLE_SYMLINKS="1")
     weights = Path(fetched["folder"]) / "model.safetensors"
@@ -968,7 +991,7 @@ def test_prefetch_replaces_a_damaged_copy_where_there_are_no_links(hub, tmp_path
     assert weights.read_bytes() == FILES["model.safetensors"]
 
 
-def test_pickles_on_main_are_left_for_the_converters_safetensors(hub, tmp_path):
+def test_pickles_on_main_are_left_for_the_converters_safetensors(hub, tmp_path, call):
     pickled = {**{n: d for n, d in FILES.items() if not n.endswith(".safetensors")}, "pytorch_model.bin": b"\x80pickle"}
     hub.repos["shop/clip"] = {"main": OLD, "refs/pr/3": NEW}, {OLD: pickled, NEW: {**pickled, **FILES}}
     refused = call(tmp_path, hub, "prefetch", "clip")
@@ -982,7 +1005,7 @@ def test_pickles_on_main_are_left_for_the_converters_safetensors(hub, tmp_path):
     assert type(make_registry(tmp_path).get_model("clip")).__name__ == "CLIPModel"
 
 
-def test_a_repository_that_does_not_exist(hub, tmp_path):
+def test_a_repository_that_does_not_exist(hub, tmp_path, call):
     error = call(tmp_path, hub, "prefetch", "shop/hats")
     assert error["error_type"] == "ModelNotFoundError"
     assert "the Hub refuses" in error["message"]
@@ -990,24 +1013,23 @@ def test_a_repository_that_does_not_exist(hub, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["clip-vit-base", "org/name"])
-def test_an_unreachable_hub_is_a_clear_error_soon(name, tmp_path):
-    error = call(tmp_path, "http://127.0.0.1:9", "prefetch", name)  # within the minute that `python` grants
+def test_an_unreachable_hub_is_a_clear_error_soon(name, tmp_path, call):
+    error = call(tmp_path, "http://127.0.0.1:9", "prefetch", name)
     assert error["error_type"] == "ModelNotFoundError"
     assert "could not be reached" in error["message"]
     assert "--model tiny-clip" in error["message"]
 
 
-def test_the_network_is_not_touched_for_what_is_cached(hub, shop):
-    code = "import sys, json; from devsky_nb.hub.locate import locate_model; print(json.dumps(locate_model('shop/clip', sys.argv[1]).name))"
-    assert call(shop, hub, "", "", code) == NEW and hub.log == []
+def test_the_network_is_not_touched_for_what_is_cached(hub, shop, call):
+    assert call(shop, hub, "locate", "shop/clip").name == NEW and hub.log == []
 
 
-def test_a_download_that_breaks_off_goes_on_by_itself(hub, tmp_path):
+def test_a_download_that_breaks_off_goes_on_by_itself(hub, tmp_path, call):
     hub.repos["shop/clip"], hub.cuts = ({"main": NEW}, {NEW: FILES}), 1
     assert call(tmp_path, hub, "prefetch", "clip")["ok"] and hub.cuts == 0
 
 
-def test_a_download_that_keeps_breaking_is_a_typed_error_and_leaves_nothing_that_looks_whole(hub, tmp_path):
+def test_a_download_that_keeps_breaking_is_a_typed_error_and_leaves_nothing_that_looks_whole(hub, tmp_path, call):
     hub.repos["shop/clip"], hub.cuts = ({"main": NEW}, {NEW: FILES}), 1000
     error = call(tmp_path, hub, "prefetch", "clip")
     assert error["error_type"] == "ModelNotFoundError" and "could not be reached" in error["message"]
@@ -1016,7 +1038,7 @@ def test_a_download_that_keeps_breaking_is_a_typed_error_and_leaves_nothing_that
     assert call(tmp_path, hub, "prefetch", "clip")["ok"]
 
 
-def test_a_hub_that_never_answers_is_given_up(tmp_path):
+def test_a_hub_that_never_answers_is_given_up(tmp_path, call):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         error = call(tmp_path, f"http://127.0.0.1:{silent.getsockname()[1]}", "prefetch", "clip")
     assert error["error_type"] == "ModelNotFoundError"
@@ -1024,7 +1046,7 @@ def test_a_hub_that_never_answers_is_given_up(tmp_path):
 
 
 @pytest.mark.parametrize("status", [401, 403, 429, 503])
-def test_a_hub_that_refuses_is_not_called_unreachable(status, hub, tmp_path):
+def test_a_hub_that_refuses_is_not_called_unreachable(status, hub, tmp_path, call):
     hub.repos["shop/clip"], hub.status = ({"main": NEW}, {NEW: FILES}), status
     error = call(tmp_path, hub, "prefetch", "clip", HF_TOKEN="hf_secret")
     assert "the Hub refuses: " in error["message"]
@@ -1032,10 +1054,13 @@ def test_a_hub_that_refuses_is_not_called_unreachable(status, hub, tmp_path):
     assert "hf_secret" not in json.dumps(error)
 
 
-def test_a_disk_that_takes_no_more_is_not_called_a_network(hub, tmp_path):
+def test_a_disk_that_takes_no_more_is_not_called_a_network(hub, tmp_path, call):
     hub.repos["shop/clip"] = {"main": NEW}, {NEW: FILES}
-    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, 500_000))"
-    error = call(tmp_path, hub, "prefetch", "clip", full + CALL)
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, before[1]))
+    try: error = call(tmp_path, hub, "prefetch", "clip")
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert "cannot be kept" in error["message"]
     assert "File too large" in error["message"]
     assert "reached" not in error["message"]

@@ -403,19 +403,21 @@ import sys
 from devsky_nb import ImagePolicy, load_image
 from devsky_nb.errors import DevSkyyError
 peak = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
-policy = ImagePolicy(max_pixels=int(sys.argv[2]), max_bytes=int(sys.argv[3]))
+policy = ImagePolicy(max_pixels=int(sys.argv[1]), max_bytes=int(sys.argv[2]))
 before = peak()
-try: done = "loaded " + "; ".join(load_image(sys.argv[1], policy)[1].actions)
-except DevSkyyError as e: done = e.details["reason"]
-print(peak() - before, policy.memory_cap, done)
+done = []
+for path in sys.argv[3:]:
+    try: done.append("loaded " + "; ".join(load_image(path, policy)[1].actions))
+    except DevSkyyError as e: done.append(e.details["reason"])
+print(peak() - before, policy.memory_cap, *done, sep="\\n")
 """
 
 
-def peak_memory(path, policy):
-    run = subprocess.run([sys.executable, "-c", PEAK, str(path), str(policy.max_pixels), str(policy.max_bytes)],
+def peak_memory(policy, *paths):
+    run = subprocess.run([sys.executable, "-c", PEAK, str(policy.max_pixels), str(policy.max_bytes), *map(str, paths)],
                          capture_output=True, text=True, timeout=60)
     assert run.returncode == 0 and not run.stderr, run.stderr
-    peak, cap, done = run.stdout.strip().split(" ", 2)
+    peak, cap, *done = run.stdout.splitlines()
     return int(peak), int(cap), done
 
 
@@ -434,11 +436,12 @@ def test_bombs_are_refused_from_their_header(tmp_path):
     jpeg = bytearray(encode(Image.new("RGB", (8, 8)), "JPEG"))
     at = jpeg.index(b"\xff\xc0")
     jpeg[at + 5:at + 9] = struct.pack(">HH", 65_500, 65_500)
-    for name, data in (bombs | {"a.jpg": bytes(jpeg)}).items():
-        (tmp_path / name).write_bytes(data)
-        peak, _, reason = peak_memory(tmp_path / name, ImagePolicy())
-        assert reason in (("too-many-pixels", "undecodable") if name == "a.webp" else ("too-many-pixels",)), (name, reason)
-        assert peak < 32 * 2**20, (name, peak)
+    bombs["a.jpg"] = bytes(jpeg)
+    for name, data in bombs.items(): (tmp_path / name).write_bytes(data)
+    peak, _, reasons = peak_memory(ImagePolicy(), *(tmp_path / name for name in bombs))
+    found = dict(zip(bombs, reasons))
+    assert found.pop("a.webp") in ("too-many-pixels", "undecodable") and set(found.values()) == {"too-many-pixels"}, found
+    assert peak < 32 * 2**20
 
 
 @linux
@@ -454,17 +457,18 @@ def test_the_hungriest_image_of_each_format_stays_below_the_cap(tmp_path, format
                "TIFF": dict(icc_profile=SWAPPED, compression="tiff_adobe_deflate"), "GIF": dict(transparency=0)}[format]
     image = image.convert("RGB") if format == "JPEG" else image.convert("RGB").quantize(64) if format == "GIF" else image
     (tmp_path / "a").write_bytes(encode(image, format, **options))
-    peak, cap, done = peak_memory(tmp_path / "a", ImagePolicy(max_pixels=n * n, max_bytes=(tmp_path / "a").stat().st_size))
+    policy = ImagePolicy(max_pixels=n * n, max_bytes=(tmp_path / "a").stat().st_size)
+    peak, cap, [done] = peak_memory(policy, tmp_path / "a")
     assert done.startswith("loaded ") and n * n * 4 < peak < cap, (peak, cap, done)
 
 
 def test_text_chunk_bombs_cost_little():
-    bomb = zlib.compress(bytes(300_000_000), 9)
+    bomb = zlib.compress(bytes(150_000_000))
     for name in (b"zTXt", b"iTXt", b"iCCP"):
         body = b"k\0\0" + bomb if name != b"iTXt" else b"k\0\1\0\0\0" + bomb
         before = psutil.Process().memory_info().rss
         outcome(png(8, 8, chunk(name, body), chunk(b"IDAT", zlib.compress(bytes(16)))))
-        assert psutil.Process().memory_info().rss - before < 100 * 2**20
+        assert psutil.Process().memory_info().rss - before < 70 * 2**20
 
 
 def test_repeated_progressive_scans_are_refused_before_they_are_decoded(monkeypatch):

@@ -264,6 +264,13 @@ def test_what_is_not_read_is_named_with_its_remedy(data, name):
     assert ("pillow-heif" in str(caught.value)) == (name == "HEIC") and caught.value.details["reason"] == "unknown-format"
 
 
+@pytest.mark.parametrize("data, shown", [
+    (b"a blue cotton dress", "begins like a text, 'a blue cotton dr': if it is an image, save it as JPEG or PNG"), (b"\xff", "begins with the bytes ff: if"),
+    ("größe".encode(), "begins with the bytes 67 72 c3 b6"), (b"\x1b[31mred", "begins with the bytes 1b 5b 33 31"), (b"a\nb", "begins with the bytes 61 0a 62")])
+def test_what_is_not_known_is_shown_in_words_or_in_numbers(data, shown):
+    with pytest.raises(ValidationError, match=shown): load_image(data)
+
+
 @pytest.mark.parametrize("format", ["TGA", "DDS", "ICO", "PNG"])
 def test_an_opened_image_whose_alpha_is_empty_is_transparent_only_where_that_is_meant(format):
     Image.init()
