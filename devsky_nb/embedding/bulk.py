@@ -50,7 +50,7 @@ class EmbedReport:
         reasons: why images failed, and how often
         seconds: from the call to its return
         receipt: how the precision was chosen, if it was
-        left_out: paths that are no inputs, and why; the first 100 of each reason
+        left_out: no inputs, and why; the first 100 of each reason
         left_out_counts: why, and how often
     """
     out: str  # folder of the data set
@@ -63,7 +63,7 @@ class EmbedReport:
     reasons: dict[str, int] = field(default_factory=dict)  # why images failed, and how often
     seconds: float = 0.  # from the call to its return
     receipt: dict | None = None  # how the precision was chosen, if it was
-    left_out: list[tuple[str, str]] = field(default_factory=list)  # paths that are no inputs, and why; the first 100 of each reason
+    left_out: list[tuple[str, str]] = field(default_factory=list)  # no inputs, and why; the first 100 of each reason
     left_out_counts: dict[str, int] = field(default_factory=dict)  # why, and how often
 
     @property

@@ -19,7 +19,7 @@ import numpy as np
 from .._core import check_choice, read_json
 from ..device import check_device, is_out_of_memory
 from .feeding import batch_size_for, decoding_threads, Feed, table_on_device, UnderWay
-from .texts import check_texts, TextTokenizer
+from .texts import check_template, check_texts, label_texts, TextTokenizer
 from .vectors import as_float32, model_runner, OUTPUTS, Runner, TensorRunner, vector_length
 from ..errors import DevSkyyError, InsufficientMemoryError, MLError, ModelLoadError, ValidationError
 from ..hub.locate import wanting
@@ -296,8 +296,10 @@ class CLIPImageEmbedder:
             one for every input, in input order
 
         Raises:
-            ValidationError: `batch_size` is no whole number of at least 1, or the embedder is closed.
+            ValidationError: `items` is no iterable or a single image, `batch_size` is no whole number of at least 1, or the
+                embedder is closed.
         """
+        _check_batch("items", items)
         size = batch_size_for(self.device, batch_size)
         self._open_lease()
         return self._stream(iter(enumerate(items)), size, on_image, hash_pixels)
@@ -431,12 +433,11 @@ class CLIPImageEmbedder:
         if images.ndim != 2 or images.shape[1] != self.dim:
             message = f"vectors must be (N, {self.dim}), as {self!r} makes them, not {images.shape}"
             raise ValidationError(message, details={"shape": images.shape})
-        if "{}" not in template:
-            raise ValidationError(f"template {template!r} has no '{{}}' for the label", details={"template": template})
+        check_template(template)
         if not isinstance(labels, (list, tuple)) or not labels or not all(isinstance(label, str) for label in labels):
             kind = type(labels).__name__
             raise ValidationError(f"labels must be a list of texts, not {labels!r:.80}", details={"type": kind})
-        texts = self.encode_text([template.replace("{}", label) for label in labels])
+        texts = self.encode_text(label_texts(labels, template))
         with torch.inference_mode():
             scale = self.model.logit_scale.exp().float().cpu()
             return (scale * (torch.tensor(images) @ texts.T)).softmax(-1).numpy()
@@ -624,17 +625,19 @@ class Batch:
     ready: list[int]  # positions of those that could be prepared
     outcome: np.ndarray | UnderWay | MLError  # (len(ready), D) float32; or what will be; or why there is none
 
-# %% ../../nbs/embedding/04_embedder.ipynb #b28c7c61
+# %% ../../nbs/embedding/04_embedder.ipynb #5f1a0015
 def _check_batch(name: str, values: Any) -> None:
     "Refuse what is no collection of images."
     n_axes = getattr(values, "ndim", None)
-    is_one_array = n_axes is not None and n_axes < 4
+    holds_paths = n_axes == 1 and getattr(values.dtype, "kind", None) in ("O", "U")
+    is_one_array = n_axes is not None and n_axes < 4 and not holds_paths
     is_one_image = is_one_array or isinstance(values, (str, bytes, os.PathLike, dict))
     if isinstance(values, Iterable) and not is_one_image: return
     kind = type(values).__name__
     message = f"{name} must be a list or another iterable of images, not {kind}: encode_image takes one image"
     raise ValidationError(message, details={"type": kind})
 
+# %% ../../nbs/embedding/04_embedder.ipynb #b28c7c61
 def _batch_error(errors: list[dict], vectors: "torch.Tensor") -> ValidationError:
     "The account of a batch that did not go through whole."
     first = errors[0]

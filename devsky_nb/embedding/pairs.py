@@ -20,6 +20,7 @@ import numpy as np
 
 from .._core import check_count, check_number, format_count
 from .search import check_vectors, cosines, Figure, gallery, product_margin, VectorIndex
+from ..errors import ValidationError
 
 # %% ../../nbs/embedding/08_pairs.ipynb #c59fa2f6
 def principal_axes(vectors: np.ndarray,  # (N, D)
@@ -434,8 +435,12 @@ def look_alikes(index: VectorIndex,  # or a `FolderIndex`, whose vectors are the
         progress: a bar on standard error
 
     Raises:
-        ValidationError: `cosine` is no number from -1 to 1, or a file of the index cannot be read.
+        ValidationError: `index` is none, `cosine` is no number from -1 to 1, or a file of the index cannot be read.
     """
+    if not isinstance(index, VectorIndex):
+        kind = type(index).__name__
+        message = f"index must be a VectorIndex or a FolderIndex, not {kind}: VectorIndex(vectors) makes one"
+        raise ValidationError(message, details={"type": kind})
     sets = DisjointSets(index.n)
     for pairs in similar_pairs(index.vectors, cosine, sets=sets, progress=progress):
         sets.add(pairs)

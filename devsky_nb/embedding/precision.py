@@ -16,7 +16,7 @@ import numpy as np
 from .._core import check_count, html_table
 from ..device import release_memory
 from .backends import BACKENDS
-from .embedder import CLIPImageEmbedder
+from .embedder import check_embedder, CLIPImageEmbedder
 from .feeding import batch_size_for
 from .vectors import Runner
 from ..errors import DevSkyyError, ModelLoadError, ValidationError
@@ -170,7 +170,8 @@ class Receipt:
             works as the receipt says
 
         Raises:
-            ValidationError: the receipt is for another model or output; or a precision was asked for.
+            ValidationError: the receipt is for another model or output; `embedder` is none or is closed; or a precision was
+                asked for.
             ModelLoadError: the chosen backend cannot run here.
         """
         return apply_receipt(embedder, self)
@@ -341,6 +342,7 @@ SMALL_JOB = 1000  # images
 
 def _check_job(embedder: CLIPImageEmbedder, sample: Any, images: Any) -> None:
     "Refuse what no precision can be chosen for."
+    check_embedder(embedder)
     if embedder.precision != "auto":
         asked = f"precision={embedder.precision!r} was asked for"
         raise ValidationError(f"{asked}, so there is nothing to choose: use precision='auto'")
@@ -410,12 +412,14 @@ def apply_receipt(embedder: CLIPImageEmbedder,  # of precision "auto"; stays as 
         works as the receipt says
 
     Raises:
-        ValidationError: the receipt is none, or is for another model or output; or a precision was asked for.
+        ValidationError: the receipt is none, or is for another model or output; `embedder` is none or is closed; or a
+            precision was asked for.
         ModelLoadError: the chosen backend cannot run here.
     """
     if not isinstance(receipt, Receipt):
         kind = type(receipt).__name__
         raise ValidationError(f"a receipt is needed, not {kind}: Receipt.from_dict reads a stored one")
+    check_embedder(embedder)
     if embedder.precision != "auto":
         asked = f"precision={embedder.precision!r} was asked for"
         raise ValidationError(f"{asked}: use precision='auto' to apply a receipt")
@@ -445,7 +449,8 @@ def choose_precision(embedder: CLIPImageEmbedder,  # of precision "auto"; stays 
         another one; its `receipt` says what was tried, what was chosen, and why
 
     Raises:
-        ValidationError: a precision was asked for, `sample` is no list, or `images` is no whole number of at least 1.
+        ValidationError: `embedder` is none or is closed, a precision was asked for, `sample` is no list, or `images` is
+            no whole number of at least 1.
     """
     chosen = apply_receipt(embedder, make_receipt(embedder, sample, images))
     release_memory()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from .._core import check_count, check_path, check_regular, format_count, read_json
-from .embedder import CLIPImageEmbedder
+from .embedder import check_embedder, CLIPImageEmbedder
 from .rows import noted_receipt, schema_notes
 from .vectors import as_float32
 from ..errors import DevSkyyError, FileNotFoundError, ModelLoadError, ValidationError
@@ -129,8 +129,9 @@ def _name_column(kind: str, values: Any, n: int) -> np.ndarray | None:
     if values is None: return None
     column = np.asarray(values, object)
     if column.shape == (n,): return column
-    message = f"{n:,} vectors and {len(column):,} {kind}: give one for each"
-    raise ValidationError(message, details={"vectors": n, kind: len(column)})
+    given = f"{len(column):,} {kind}" if column.ndim else f"{kind}={values!r:.60}"
+    raise ValidationError(f"{n:,} vectors and {given}: give one for each, as a list",
+                          details={"vectors": n, "shape": column.shape})
 
 # %% ../../nbs/embedding/07_search.ipynb #5f4a0001
 class VectorIndex:
@@ -191,7 +192,8 @@ class VectorIndex:
 
     # %% ../../nbs/embedding/07_search.ipynb #35fe99f6
     def _check_embedder(self, embedder: CLIPImageEmbedder) -> None:
-        "Refuse an embedder whose vectors have no meaningful cosine with these."
+        "Refuse what is no embedder, or one whose vectors have no meaningful cosine with these."
+        check_embedder(embedder)
         if self.fingerprint is None or embedder.fingerprint in (self.fingerprint, self.reference):
             return
         index = self.fingerprint
@@ -245,7 +247,8 @@ class VectorIndex:
 
         Raises:
             ValidationError: there is not one question, a query is not of length 1 or has other dimensions than the vectors,
-                the embedder did not make these vectors, an image or text cannot be read, or `k` or `block` is below 1.
+                `embedder` is none or did not make these vectors, an image or text cannot be read, or `k` or `block` is
+                below 1.
         """
         from tqdm.auto import tqdm
         block = check_count("block", block)

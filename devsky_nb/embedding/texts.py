@@ -91,6 +91,17 @@ def check_texts(texts: Any) -> list[str]:
                                   details={"index": n})
     return found
 
+# %% ../../nbs/embedding/02_texts.ipynb #7e700016
+def check_template(template: Any) -> str:  # `template`
+    "A sentence that has a place for a label."
+    if isinstance(template, str) and "{}" in template: return template
+    message = (f"template={template!r:.80}: expected a sentence with '{{}}' for the label, such as 'a photo of a {{}}'")
+    raise ValidationError(message, details={"template": repr(template)})
+
+def label_texts(labels: list[str], template: str) -> list[str]:
+    "Labels as the texts that a model is asked about."
+    return [template.replace("{}", label) for label in labels]
+
 # %% ../../nbs/embedding/02_texts.ipynb #7e70000f
 MOST_CHARACTERS = 100_000  # of a text: no model reads as many, and counting the tokens of a book takes its time
 

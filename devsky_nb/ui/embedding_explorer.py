@@ -19,8 +19,7 @@ from PIL import Image, ImageDraw
 
 from .._core import require
 from ..embedding.bulk import embed_images, EmbedReport, Engine, local_engine
-from ..embedding.embedder import CLIPImageEmbedder
-from ..embedding.pairs import principal_axes
+from ..embedding.embedder import check_embedder, CLIPImageEmbedder
 from ..embedding.plan import SourcePlan
 from ..embedding.pool import VectorPool
 from ..embedding.search import FolderIndex, VectorIndex
@@ -28,6 +27,7 @@ from ..errors import FileNotFoundError, ValidationError
 from ..hub.registry import ModelRegistry, registry_for
 from ..images.load import load_image
 from .panel import as_path, image_html, Job, make_button, Panel
+from ..validation.report import principal_plane
 
 if TYPE_CHECKING:
     from collections.abc import Generator
@@ -39,11 +39,7 @@ def map_positions(vectors: np.ndarray,  # (N, D)
                   ) -> np.ndarray:  # (N, 2) from 0 to 1
     "Where vectors lie on a map: their two principal axes, each stretched to its full range."
     if len(vectors) < 2: return np.full((len(vectors), 2), .5)
-    centred = np.asarray(vectors, np.float64) - np.mean(vectors, axis=0, dtype=np.float64)
-    axes = principal_axes(centred)[:, :2]
-    count = axes.shape[1]  # 1 where vectors have one dimension
-    axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(count)])
-    positions = np.pad(centred @ axes, ((0, 0), (0, 2 - count)))
+    positions = principal_plane(vectors)
     return (positions - positions.min(0)) / np.maximum(np.ptp(positions, axis=0), 1e-12)
 
 # %% ../../nbs/ui/04_embedding_explorer.ipynb #19edaa54
@@ -239,7 +235,7 @@ def embedding_explorer(folder: str | Path,  # with image files, at any depth
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValidationError: a path is none, `out` is inside the folder, or `embedder` is no CLIPImageEmbedder.
+        ValidationError: a path is none, `out` is inside the folder, or `embedder` is no CLIPImageEmbedder or is closed.
         DevSkyyError: ipywidgets is not installed.
     """
     require("ipywidgets")
@@ -248,9 +244,7 @@ def embedding_explorer(folder: str | Path,  # with image files, at any depth
     if not source.is_dir():
         raise FileNotFoundError(f"no folder {str(folder)!r}: name one with images in it",
                                 details={"folder": str(folder)})
-    if not isinstance(embedder, CLIPImageEmbedder | None):
-        raise ValidationError(f"embedder={embedder!r:.60}: expected a CLIPImageEmbedder, or None",
-                              details={"embedder": repr(embedder)[:60]})
+    if embedder is not None: check_embedder(embedder)
     if target and target.resolve().is_relative_to(source.resolve()):
         raise ValidationError(f"out={str(out)!r} is inside {str(folder)!r}: choose a folder outside",
                               details={"out": str(out)})

@@ -101,20 +101,16 @@ class MemoryPlanner(Panel):
 
     def _set_controls(self, **values: object) -> None:
         "Set controls without asking again."
-        self.updating = True
-        try:
+        with self.update():
             for name, value in values.items(): getattr(self.controls, name).value = value
-        finally: self.updating = False
 
     def _set_sizes(self, choices: list[tuple[str, int]]) -> None:
         "Offer these sizes; the one that is chosen stays, if it is among them."
         size = self.controls.size
-        self.updating = True
-        try:
-            chosen = size.value
+        chosen = size.value
+        with self.update():
             size.options = choices
             size.value = chosen if chosen in dict(choices).values() else 0
-        finally: self.updating = False
 
     # %% ../../nbs/ui/02_memory_planner.ipynb #7e2b796a
     def _predict(self,
@@ -147,11 +143,9 @@ class MemoryPlanner(Panel):
 
     def _show_ranking(self, plan: MemoryPlan) -> None:
         self.options = plan.options
-        self.updating = True
-        try:
+        with self.update():
             self.ranked.options = [(option_text(option), n) for n, option in enumerate(plan.options)]
             self.ranked.value = None
-        finally: self.updating = False
         found = f"{format_count(len(plan.options), 'way that fits', 'ways that fit, the best first')}:"
         self.verdict.value = f"<p>{escape(found if plan.options else plan.advice)}</p>"
 

@@ -8,13 +8,15 @@ __all__ = []
 # %% ../../nbs/ui/01_panel.ipynb #13b00003
 import base64, io, logging, threading, time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 from typing import Any, Self, TYPE_CHECKING
 
 from PIL import Image
 
-from ..errors import DevSkyyError, MLError, ValidationError
+from .._core import check_path
+from ..errors import DevSkyyError, MLError
 
 if TYPE_CHECKING:
     from ipywidgets import Button, Widget
@@ -131,6 +133,13 @@ class Panel:
         head = HTML(f"{STYLE}<b>{escape(title)}</b>")
         self.box = VBox([head, self.settings, HBox([self.cancel_button, self.progress_bar]), self.status, self.results])
         self.box.add_class("devsky")
+
+    @contextmanager
+    def update(self) -> Iterator[None]:
+        "Inside, the controls are set by a program, which is no request."
+        self.updating = True
+        try: yield
+        finally: self.updating = False
 
     def close(self) -> None:
         "Stop working, and leave the page."
@@ -305,6 +314,5 @@ def plot_html(draw: "Callable[[Axes], object]",
 def as_path(name: str,  # of the argument
             value: object,
             ) -> Path:
-    "A path, or the reason why it is none."
-    if isinstance(value, str | Path) and str(value).strip(): return Path(value).expanduser()
-    raise ValidationError(f"{name}={value!r:.60}: expected a path", details={name: repr(value)[:60]})
+    "A path as a person types it, or the reason why it is none."
+    return check_path(name, value.strip() if isinstance(value, str) else value).expanduser()

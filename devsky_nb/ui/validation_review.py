@@ -15,13 +15,14 @@ from types import SimpleNamespace
 from typing import Any
 
 from .._core import require
-from ..embedding.embedder import CLIPImageEmbedder
+from ..embedding.embedder import check_embedder, CLIPImageEmbedder
 from ..errors import ValidationError
 from .panel import as_path, Job, make_button, make_control, Panel
 from ..validation.account import id_of, images_of
 from ..validation.contract import ImageSetContract
-from ..validation.report import (as_image_set, check_image_set, failure_text, json_data, one_line, REMEDIES,
-                                 ValidationReport, write_report)
+from ..validation.report import (as_image_set, check_contract, check_image_set, failure_text, json_data,
+                                 label_text, one_line, outlier_text, remedy_of, ValidationReport, warning_text,
+                                 write_report)
 
 # %% ../../nbs/ui/05_validation_review.ipynb #b40524df
 FINDING_KINDS = {"failed": "failed", "label": "perhaps mislabelled", "copy": "copies", "outlier": "outliers",
@@ -39,22 +40,18 @@ def review_items(report: ValidationReport) -> list[ReviewItem]:
     "What there is to decide about."
     items = []
     for error in report.results["errors"]:
-        remedy = REMEDIES.get(error.get("reason", ""), "Look at the message.")
-        items.append(ReviewItem("failed", error["index"], f"{failure_text(error)}. {remedy}"))
+        items.append(ReviewItem("failed", error["index"], f"{failure_text(error)}. {remedy_of(error)}"))
     for wrong in report.findings["wrong_labels"]:
-        given, suggested = one_line(wrong["label"], 40), one_line(wrong["suggested"], 40)
-        text = f"labelled {given}, looks like {suggested} ({wrong['probability']:.0%})"
-        items.append(ReviewItem("label", wrong["index"], text))
+        items.append(ReviewItem("label", wrong["index"], label_text(wrong)))
     for group in report.findings["duplicates"]:
         original = group["representative"]
         name = one_line(id_of(report.images[original], original), 40)
         items += [ReviewItem("copy", member, f"{how} copy of {name}", original)
                   for member, how in zip(group["members"], group["how"]) if member != original]
     for outlier in report.findings["outliers"]:
-        text = f"unlike {one_line(outlier['compared_with'], 40)} ({outlier['score']})"
-        items.append(ReviewItem("outlier", outlier["index"], text))
+        items.append(ReviewItem("outlier", outlier["index"], outlier_text(outlier)))
     for warning in report.findings["warnings"]:
-        items.append(ReviewItem("warning", warning["index"], f"{warning['warning']}: {warning['limit']}"))
+        items.append(ReviewItem("warning", warning["index"], warning_text(warning)))
     return items
 
 # %% ../../nbs/ui/05_validation_review.ipynb #2a0f8f70
@@ -102,7 +99,7 @@ class ValidationReview(Panel):
     def __init__(self,
                  image_set: dict,
                  embedder: CLIPImageEmbedder,
-                 contract: ImageSetContract | None,
+                 contract: ImageSetContract,
                  out: Path,
                  ):
         import ipywidgets as widgets
@@ -166,12 +163,10 @@ class ValidationReview(Panel):
         "Fill the list; what was chosen stays chosen."
         kind, chosen = self.controls.kind.value, self.controls.item.value
         listed = [n for n, item in enumerate(self.items) if kind in ("", item.kind)]
-        self.updating = True
-        try:
+        if chosen not in listed: chosen = listed[0] if listed else None
+        with self.update():
             self.controls.item.options = [(self._line(self.items[n]), n) for n in listed]
-            if chosen not in listed: chosen = listed[0] if listed else None
             self.controls.item.value = chosen
-        finally: self.updating = False
         self._show_item()
 
     # %% ../../nbs/ui/05_validation_review.ipynb #8250ed82
@@ -279,17 +274,13 @@ def validation_review(image_set: "dict | Sequence | str | os.PathLike",  # as `c
         display it; `labels` and `left_out` have the decisions
 
     Raises:
-        ValidationError: the container of the set is unsound, or another argument is of the wrong kind.
+        ValidationError: the container of the set is unsound, another argument is of the wrong kind, or the embedder is
+            closed.
         FileNotFoundError: there is no such folder.
         DevSkyyError: ipywidgets is not installed.
     """
     require("ipywidgets")
     checked: dict[str, Any] = as_image_set(image_set)
     images_of(checked)
-    if not isinstance(embedder, CLIPImageEmbedder):
-        raise ValidationError(f"embedder={embedder!r:.60}: expected a CLIPImageEmbedder",
-                              details={"embedder": repr(embedder)[:60]})
-    if not isinstance(contract, ImageSetContract | None):
-        raise ValidationError(f"contract={contract!r:.60}: expected an ImageSetContract, or None",
-                              details={"contract": repr(contract)[:60]})
-    return ValidationReview(checked, embedder, contract, as_path("out", out))
+    check_embedder(embedder)
+    return ValidationReview(checked, embedder, check_contract(contract), as_path("out", out))

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from ..embedding.embedder import CLIPImageEmbedder, Embedded
+from ..embedding.texts import label_texts
 from ..errors import DevSkyyError
 from .account import Embeddings
 from .copies import copy_groups, fine_image, THUMB_SIDE, thumbnail
@@ -131,7 +132,7 @@ def _label_probabilities(vectors: np.ndarray,  # (N, D)
                          ) -> tuple[str, np.ndarray]:  # method, and (N, L)
     "By texts where the model reads them, else by centroids."
     words = [label.encode(errors="replace").decode() for label in labels]  # half a surrogate pair is no text
-    obstacle = why_labels_cannot_be_read(embedder, [template.format(word) for word in words])
+    obstacle = why_labels_cannot_be_read(embedder, label_texts(words, template))
     if obstacle:
         return f"centroids, as {obstacle}", centroid_probabilities(vectors, y, len(labels))
     blocks = np.array_split(vectors, len(vectors) // 16384 + 1)

@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._core import check_choice, format_count, html_table, require, write_atomically
+from .._core import check_choice, check_path, format_count, html_table, require, write_atomically
 from ..embedding.embedder import CLIPImageEmbedder
+from ..embedding.pairs import principal_axes
 from ..embedding.search import thumbnail_uri
+from ..embedding.texts import check_template
 from ..errors import DevSkyyError, ValidationError
 from ..images.image_sets import read_image_set
 from ..images.items import left_out_lines
@@ -311,8 +313,7 @@ class ValidationReport:
     def _failure(self, error: dict) -> dict:
         texts = {key: one_line(value, 240) for key, value in error.items()}
         name = one_line(Path(error["path"]).name) if error["path"] else ""
-        remedy = REMEDIES.get(error.get("reason", ""), "Look at the message.")
-        return texts | {"name": name, "why": failure_text(error), "remedy": remedy}
+        return texts | {"name": name, "why": failure_text(error), "remedy": remedy_of(error)}
 
     def _note(self, note: dict) -> tuple[str, int, str]:  # what was done, to how many, to which
         some = ", ".join(self._name(i) for i in note["members"][:4])
@@ -357,18 +358,16 @@ class ValidationReport:
             if name == "unknown": name = error["path"] or f"#{error['index']}"
             yield "failed", one_line(name, 40), failure_text(error)
         for wrong in self.findings["wrong_labels"]:
-            words = f"{one_line(wrong['label'], 40)} looks like {one_line(wrong['suggested'], 40)}"
-            yield "label", self._name(wrong["index"]), f"{words} ({wrong['probability']:.0%})"
+            yield "label", self._name(wrong["index"]), label_text(wrong)
         for group in self.findings["duplicates"]:
             others = [self._name(m) if how == group["kind"] else f"{self._name(m)} ({how})"
                       for m, how in zip(group["members"], group["how"]) if how != "kept"]
             more = f" and {len(others) - 5:,} more" if len(others) > 5 else ""
             yield f"{group['kind']} copy", self._name(group["representative"]), f"repeated by {', '.join(others[:5])}{more}"
         for outlier in self.findings["outliers"]:
-            what = f"unlike {one_line(outlier['compared_with'], 40)} ({outlier['score']})"
-            yield "outlier", self._name(outlier["index"]), what
+            yield "outlier", self._name(outlier["index"]), outlier_text(outlier)
         for warning in self.findings["warnings"]:
-            yield "warning", self._name(warning["index"]), f"{warning['warning']}: {warning['limit']}"
+            yield "warning", self._name(warning["index"]), warning_text(warning)
         for line in left_out_lines(self.left_out, self.left_out_counts):
             count, _, what = line.partition(" left out ")
             yield "left out", count, what
@@ -469,21 +468,12 @@ def left_out_of(image_set: Any) -> tuple[list[tuple[str, str]], dict[str, int]]:
     return [(path, reason) for path, reason in named if reason in counts], counts
 
 
-def check_template(template: Any) -> None:
-    "Refuse a sentence that has no place for the label, before anything is embedded."
-    try: takes_label = "{}" in template and bool(template.format("coat"))
-    except Exception: takes_label = False
-    if takes_label: return
-    expected = "a sentence with '{}' for the label, such as 'a photo of a {}'"
-    raise ValidationError(f"template={template!r}: expected {expected}", details={"template": template})
-
-
 def check_contract(contract: ImageSetContract | None) -> ImageSetContract:  # 80% must succeed for None
     "A contract, and nothing else."
     if contract is None: return ImageSetContract()
     if isinstance(contract, ImageSetContract): return contract
-    raise ValidationError(f"contract={contract!r:.60}: expected an ImageSetContract; ImageSetContract.from_yaml reads one",
-                          details={"contract": repr(contract)})
+    expected = "an ImageSetContract; ImageSetContract.from_yaml reads one"
+    raise ValidationError(f"contract={contract!r:.60}: expected {expected}", details={"contract": repr(contract)[:60]})
 
 # %% ../../nbs/validation/06_report.ipynb #3a4eab4b
 def check_image_set(image_set: "dict | Sequence | str | os.PathLike",  # image set, list of paths or entries, or folder
@@ -512,8 +502,8 @@ def check_image_set(image_set: "dict | Sequence | str | os.PathLike",  # image s
         tick: told how many are done; may raise to end the work
 
     Raises:
-        ValidationError: the container is unsound, a folder has no images, `embedder` is none or is closed, `contract` is
-            none, `template` has no place for the label, or `duplicates` is none of the three.
+        ValidationError: the container is unsound, a folder has no images, `embedder` is none or is closed, `contract`
+            is none, `template` has no place for the label, or `duplicates` is none of the three.
         FileNotFoundError: there is no such folder.
     """
     check_template(template)
@@ -531,7 +521,7 @@ def check_image_set(image_set: "dict | Sequence | str | os.PathLike",  # image s
 # %% ../../nbs/validation/06_report.ipynb #91958719
 def write_report(path: str | Path, text: str) -> Path:  # the path
     "Write a whole file or none; its folder is made."
-    path = Path(path)
+    path = check_path("path", path)
     try:
         write_atomically(path, text)
     except (DevSkyyError, OSError, ValueError) as e:
@@ -576,9 +566,30 @@ REMEDIES = {
     "memory": "Lower the batch size, or free memory.",
 }
 
+def remedy_of(error: dict) -> str:
+    "What to do about a failure."
+    return REMEDIES.get(error.get("reason", ""), "Look at the message.")
+
+
 def failure_text(error: dict) -> str:
     "The message of a failure without the path that stands beside it."
     return one_line(error["error"].removeprefix(f"{error['path']!r}: "), 240)
+
+
+def label_text(wrong: dict) -> str:
+    "What was seen of a label that is perhaps wrong."
+    given, suggested = one_line(wrong["label"], 40), one_line(wrong["suggested"], 40)
+    return f"{given} looks like {suggested} ({wrong['probability']:.0%})"
+
+
+def outlier_text(outlier: dict) -> str:
+    "What was seen of an outlier."
+    return f"unlike {one_line(outlier['compared_with'], 40)} ({outlier['score']})"
+
+
+def warning_text(warning: dict) -> str:
+    "What was seen of an image whose quality is doubtful, and the limit."
+    return f"{warning['warning']}: {warning['limit']}"
 
 
 def title_of(metadata: Any) -> str:
@@ -594,9 +605,11 @@ MAX_LISTED = 60  # findings of a kind that a page shows
 
 # %% ../../nbs/validation/06_report.ipynb #7c0e5d17
 def principal_plane(vectors: np.ndarray,  # (N, D)
-                    ) -> np.ndarray:  # (N, 2)
-    "Where vectors lie in the plane in which they spread most."
-    if len(vectors) < 3: return np.zeros((len(vectors), 2))
-    centred = vectors - vectors.mean(0)
-    axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
-    return centred @ axes.T
+                    ) -> np.ndarray:  # (N, 2) float64
+    "Where vectors lie in the plane in which they spread most; the same at every run."
+    if not len(vectors): return np.zeros((0, 2))
+    centred = np.asarray(vectors, np.float64) - np.mean(vectors, axis=0, dtype=np.float64)
+    axes = principal_axes(centred)[:, :2]
+    count = axes.shape[1]  # 1 where vectors have one dimension
+    axes = axes * np.sign(axes[np.abs(axes).argmax(0), range(count)])
+    return np.pad(centred @ axes, ((0, 0), (0, 2 - count)))

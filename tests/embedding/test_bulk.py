@@ -115,8 +115,9 @@ SERVER = LOAD + """
 import json, os, sys, torch, traceback
 from devsky_nb.embedding.bulk import embed_images
 from devsky_nb.embedding.pool import VectorPool
-torch.set_num_threads(1)  # a fork has no others
+torch.set_num_threads(2)
 embed_images([sys.argv[1]], sys.argv[2], e, batch_size=8)
+torch.set_num_threads(1)  # a fork has no others
 for line in sys.stdin:
     if not (pid := os.fork()):
         try:
@@ -160,8 +161,9 @@ VectorPool.add = killing(VectorPool.add)
 """
 
 
+@pytest.mark.parametrize("stride", [pytest.param(1, marks=pytest.mark.slow, id="every step"), pytest.param(3, id="every third")])
 @pytest.mark.parametrize("update", [False, True], ids=["first run", "update"])
-def test_kill_9_at_every_step_then_the_same_call_again(embedder, fork, tmp_path, update):
+def test_kill_9_at_every_step_then_the_same_call_again(embedder, fork, tmp_path, update, stride):
     rows = 5 if update else 9
     folder, start, end = make_images(tmp_path / "in", 12 if update else 6), tmp_path / "start", tmp_path / "end"
     (folder / "0002b.png").write_bytes((folder / "0001.png").read_bytes())
@@ -185,7 +187,7 @@ def test_kill_9_at_every_step_then_the_same_call_again(embedder, fork, tmp_path,
         embed_images(folder, out, embedder, batch_size=8, shard_rows=rows)
         assert files(out) == files(end), f"step {kill}"
         assert set(os.listdir(out / ".devsky")) <= {"lock", "next"}
-        kill += 1
+        kill += stride
     assert code == 0 and kill > 20
 
 
@@ -244,6 +246,26 @@ def test_two_runs_at_once(embedder, fork, tmp_path):
     os.kill(pid, signal.SIGKILL)
     assert fork.end() == -9
     assert embed_images(folder, out, embedder).embedded == 3
+
+
+FORKED = """
+import signal
+from PIL import Image
+signal.alarm(60)  # a hang ends here
+image = Image.new("RGB", (64, 64), "red")
+calls = [lambda: e.encode_image(image), lambda: e.encode_text("a dress"), lambda: CLIPImageEmbedder("tiny-clip", device="cpu").encode_image(image)]
+torch.set_num_threads(2)
+for call in calls:
+    try: call()
+    except Exception as error: assert type(error).__name__ == "DevSkyyError" and "get_context('spawn')" in str(error), error
+    else: raise AssertionError("it did not notice the fork")
+torch.set_num_threads(1)
+for call in calls: assert tuple(call().shape) == (1, 128)
+"""
+
+
+def test_a_forked_process_says_what_to_do_or_computes_with_one_thread(fork):
+    assert fork.run(FORKED) == 0, fork.stderr.read_text(encoding="utf-8")
 
 
 # disks
@@ -604,9 +626,9 @@ def test_memory_does_not_grow_with_the_job(fork, tmp_path):
     make_images(tmp_path / "few", 300, size=(120, 150))
     make_images(tmp_path / "many", 1200, seed=1, size=(120, 150))
     assert fork.run(f"""
-import resource
+from resident import peak
 for name in ("few", "many"):
     embed_images({str(tmp_path)!r} + "/" + name, {str(tmp_path)!r} + "/out-" + name, e, shard_rows=100)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=open({str(tmp_path)!r} + "/" + name + ".rss", "w", encoding="utf-8"))""") == 0
+    print(peak() >> 20, file=open({str(tmp_path)!r} + "/" + name + ".rss", "w", encoding="utf-8"))""") == 0
     few, many = (int((tmp_path / f"{n}.rss").read_text(encoding="utf-8")) for n in ("few", "many"))
     assert many - few < 32, (few, many)  # MiB; in the hundreds, buffers are still warming up; the pixels of 900 images are 46

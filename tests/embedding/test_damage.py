@@ -1,5 +1,5 @@
 "Every state that a crash, an editor or another program can leave in an output folder: repaired, or one error that says what to remove."
-import faulthandler, json, os, shutil, sqlite3
+import json, os, shutil, sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,12 +20,7 @@ from devsky_nb.images.sources import slices
 CALL = {"batch_size": 8, "shard_rows": 2}
 
 
-@pytest.fixture(autouse=True)
-def nothing_hangs():
-    "A hang ends the whole run, with the place where it hung."
-    faulthandler.dump_traceback_later(120, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+pytestmark = pytest.mark.usefixtures("nothing_hangs")
 
 
 @pytest.fixture(scope="module")

@@ -1,15 +1,16 @@
 "Images on their way to a GPU, on a pretended one: bytes, pinned, one batch ahead; the CPU's vectors; and nothing on another GPU."
-import gc, io, itertools, threading
+import gc, io, itertools, threading, time
 from dataclasses import replace
 
 import numpy as np, pyarrow.parquet as pq, pytest, torch
 from PIL import Image
 
 from devsky_nb import CLIPImageEmbedder, embed_images, ImagePolicy, load_image, ModelRegistry
-from devsky_nb.embedding import precision
+from devsky_nb.embedding import backends, feeding, precision
 from devsky_nb.embedding.backends import BACKENDS
 from devsky_nb.embedding.embedder import Embedded
-from devsky_nb.embedding.feeding import Feed, look_up, table_on_device
+from devsky_nb.embedding.feeding import decoding_threads, Feed, look_up, table_on_device
+from devsky_nb.embedding.rows import inputs_ahead
 from devsky_nb.embedding.vectors import model_runner
 from devsky_nb.errors import InsufficientMemoryError, MLError, ValidationError
 from devsky_nb.images.preprocess import ClipPreprocessor
@@ -120,7 +121,7 @@ def test_a_data_set_is_the_cpus(kind, tmp_path):
 # The order
 
 @KINDS
-@pytest.mark.parametrize("n, size", [(12, 4), (13, 4), (1, 32), (5, None)])
+@pytest.mark.parametrize("n, size", [(12, 4), (13, 4), (1, 32), (33, None)])
 def test_a_batch_is_one_copy_of_bytes_there_one_back_and_one_wait(kind, n, size):
     with pretended(kind) as gpu:
         e = embedder(kind)
@@ -140,9 +141,10 @@ def test_the_next_batch_is_begun_before_a_batch_is_waited_for():
         assert log == wanted
 
 
-def test_the_copy_of_a_batch_has_a_stream_of_its_own_and_results_wait_for_their_event():
-    waits, streams = [], {"cuda:1": [], "cpu": []}
+def test_the_copy_of_a_batch_has_a_stream_of_its_own_and_results_wait_for_their_event(monkeypatch):
+    waits, streams, kept = [], {"cuda:1": [], "cpu": []}, []
     with pretended("cuda", count=2) as gpu:
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: kept.append((len(tensor), stream)))
         e = embedder("cuda:1")
         wait_for, moved = gpu.wait_for, gpu.moved
         def note_wait(copies):
@@ -155,6 +157,8 @@ def test_the_copy_of_a_batch_has_a_stream_of_its_own_and_results_wait_for_their_
         list(e.embed_stream(noise(12), 4))
         [copying], [computing] = set(streams["cuda:1"]), set(streams["cpu"])
         assert copying is not computing is gpu.stream("cuda:1") and str(copying.device) == "cuda:1"
+        assert kept == [(4, computing)] * 3, "the next copy may take the memory of a batch that is still read"
+        monkeypatch.undo()
     (first, begun), (second, _), (third, _) = waits
     assert first < second < third and first < begun  # the second batch was under way and nobody waited for it
 
@@ -201,7 +205,8 @@ def test_a_stream_is_lazy_and_ends_when_its_reader_does():
             yield noise(1)[0]
     with pretended("cuda"):
         stream = embedder("cuda").embed_stream(endless(), 4)
-        for i in range(10): assert next(stream).index == i and len(taken) <= i + 16  # two batches ahead, one begun, one waited for
+        assert next(stream).index == 0 and len(taken) == 16  # two batches ahead, one begun, one waited for
+        for i in range(1, 10): assert next(stream).index == i and len(taken) <= i + 16
         stream.close()
     gc.collect()
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("devsky-decode")]
@@ -266,6 +271,24 @@ def test_speed_is_measured_over_several_batches(monkeypatch):
         assert log == wanted
 
 
+def test_a_device_is_warm_and_done_before_a_clock_is_read():
+    with pretended("cuda") as gpu:
+        e = embedder("cuda")
+        gpu.copies, gpu.synchronisations = {"to": 0, "from": 0}, 0
+        precision.warm_up(e)
+        assert gpu.copies["to"] == 1
+        gpu.synchronisations = 0
+        assert "times as long" in (backends.slower_product(lambda: time.sleep(.3), "cuda") or "")
+        assert gpu.synchronisations >= 2 * backends.PROBE_ROUNDS
+
+
+def test_threads_and_inputs_under_way_follow_the_device(monkeypatch):
+    for cores, wanted in (64, (8, 32)), (3, (3, 3)), (1, (1, 1)):
+        monkeypatch.setattr(feeding, "usable_cores", lambda: cores)
+        assert (decoding_threads("cpu"), decoding_threads("cuda:1")) == wanted
+    assert [inputs_ahead(device, 8) for device in ("cpu", "cuda:1", "mps")] == [8, 16, 16]
+
+
 # What goes wrong
 
 @KINDS
@@ -287,15 +310,19 @@ def test_little_memory_halves_the_batch_and_what_did_not_fit_is_not_tried_again(
         assert next(e.embed_stream(noise(1))).ok and gpu.used() < 8_000_000
 
 
+def fail_at_the_second_wait(monkeypatch, gpu, message):
+    wait, calls = gpu.Event.synchronize, []
+    def synchronize(event):
+        calls.append(event)
+        if len(calls) == 2: raise RuntimeError(message)
+        wait(event)
+    monkeypatch.setattr(gpu.Event, "synchronize", synchronize)
+
+
 def test_a_batch_that_fails_on_the_device_is_an_error_of_its_images_alone(monkeypatch):
     with pretended("cuda") as gpu:
         e = embedder("cuda")
-        wait, calls = gpu.Event.synchronize, []
-        def synchronize(event):
-            calls.append(event)
-            if len(calls) == 2: raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            wait(event)
-        monkeypatch.setattr(gpu.Event, "synchronize", synchronize)
+        fail_at_the_second_wait(monkeypatch, gpu, "CUDA error: an illegal memory access was encountered")
         got = list(e.embed_stream(noise(12), 4))
     assert [result.ok for result in got] == [True] * 4 + [False] * 4 + [True] * 4
     assert type(got[4].error) is MLError and "tiny-clip failed on 4 images: CUDA error" in got[4].error.message and got[4].error.details["stage"] == "encode"
@@ -306,12 +333,7 @@ def test_a_failed_batch_stops_a_job_and_what_was_computed_is_kept(tmp_path, monk
     source = sorted(tmp_path.glob("*.png"))
     with pretended("cuda") as gpu:
         e = embedder("cuda")
-        wait, calls = gpu.Event.synchronize, []
-        def synchronize(event):
-            calls.append(event)
-            if len(calls) == 2: raise RuntimeError("CUDA error: device lost")
-            wait(event)
-        monkeypatch.setattr(gpu.Event, "synchronize", synchronize)
+        fail_at_the_second_wait(monkeypatch, gpu, "CUDA error: device lost")
         with pytest.raises(MLError, match="device lost"): embed_images(source, tmp_path / "out", e, batch_size=8)
         monkeypatch.undo()
     with pretended("cuda"): report = embed_images(source, tmp_path / "out", embedder("cuda"), batch_size=8)

@@ -1,5 +1,5 @@
 "Faster arithmetic beyond its lesson: one vector for one image, planted outliers, failing candidates, interruptions, receipts."
-import io, itertools, json, subprocess, sys, threading
+import io, itertools, json, threading
 from dataclasses import replace
 
 import numpy as np, pytest, torch
@@ -35,6 +35,12 @@ def few_threads():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def short_rounds(monkeypatch):
+    "No test here is about how fast something is."
+    for name, value in {"ROUNDS": 1, "TIMED": 8}.items(): monkeypatch.setattr(P, name, value)
 
 
 @pytest.fixture
@@ -239,28 +245,14 @@ def test_choosing_leaves_the_callers_embedder_and_one_model(images, fast):
     assert registry.unload("tiny-clip") > 0, "a candidate still holds a lease"
 
 
-def test_a_backend_that_is_not_here_says_what_to_install():
-    "In a process that cannot see the optional packages."
-    code = """
-import sys
-from importlib.machinery import PathFinder
-find = PathFinder.find_spec
-def without_extras(cls, name, *args, **kwargs):
-    return None if name.split(".")[0] in ("onnx", "onnxruntime", "torchao") else find(name, *args, **kwargs)
-PathFinder.find_spec = classmethod(without_extras)
-from devsky_nb.embedding.embedder import CLIPImageEmbedder
-from devsky_nb.embedding import precision as P
-from devsky_nb.errors import ModelLoadError
-e = CLIPImageEmbedder("tiny-clip", device="cpu")
-print(P.try_candidate(e, P.Trial("int8-onnxruntime"), [], None)[0].refused)
-from dataclasses import replace
-try: P.apply_receipt(e, replace(P.make_receipt(e, [], images=1), backend="int8-onnxruntime"))
-except ModelLoadError as error: print(error)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    refused, error = done.stdout.splitlines()
-    assert refused == "onnx and onnxruntime not installed: pip install 'devsky_nb[fast]'", done.stderr
-    assert refused in error and "precision='fp32' and a new output" in error
+def test_a_backend_that_is_not_here_says_what_to_install(tiny, monkeypatch):
+    found = B.find_spec
+    monkeypatch.setattr(B, "find_spec", lambda name: None if name in ("onnx", "onnxruntime", "torchao") else found(name))
+    trial, candidate = P.try_candidate(tiny, P.Trial("int8-onnxruntime"), [], None)
+    assert trial.refused == "onnx and onnxruntime not installed: pip install 'devsky_nb[fast]'" and candidate is None
+    with pytest.raises(ModelLoadError) as e:
+        P.apply_receipt(tiny, replace(P.make_receipt(tiny, [], images=1), backend="int8-onnxruntime"))
+    assert trial.refused in str(e.value) and "precision='fp32' and a new output" in str(e.value)
 
 
 def test_samples_of_every_sort(tiny, images, tmp_path):
@@ -295,6 +287,13 @@ def test_a_receipt_is_for_one_model_and_one_output(tiny):
         P.apply_receipt(CLIPImageEmbedder("tiny-clip", device="cpu", output="cls"), receipt)
     exact = CLIPImageEmbedder("tiny-clip", device="cpu", precision="fp32")
     with pytest.raises(ValidationError, match="precision='auto'"): P.apply_receipt(exact, receipt)
+
+
+@pytest.mark.parametrize("wrong", [None, "tiny-clip", CLIPImageEmbedder])
+def test_what_is_no_embedder_is_said(wrong):
+    receipt = P.Receipt("fp32", None, "because", "projected-fp32-0", "cpu", 64, None, 1.)
+    for call in (lambda: P.choose_precision(wrong, []), lambda: P.apply_receipt(wrong, receipt), lambda: receipt.apply(wrong)):
+        with pytest.raises(ValidationError, match="expected a CLIPImageEmbedder"): call()
 
 
 def test_text_of_a_receipt_is_escaped():

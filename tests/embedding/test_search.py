@@ -175,7 +175,12 @@ def test_nothing_and_one_have_answers():
     (lambda i: look_alikes(i, "0.9"), "from -1 to 1"),
     (lambda i: look_alikes(i, 1.5), "from -1 to 1"), (lambda i: look_alikes(i, None), "from -1 to 1"),
     (lambda i: similar_pairs(i.vectors, block=0), "block=0"),
-    (lambda i: VectorIndex(i.vectors, paths=["a"]), "3 vectors and 1 paths")])
+    (lambda i: VectorIndex(i.vectors, paths=["a"]), "3 vectors and 1 paths"),
+    (lambda i: VectorIndex(i.vectors, ids="abc"), "3 vectors and ids='abc': give one for each"),
+    (lambda i: VectorIndex(i.vectors, ids=5), "3 vectors and ids=5: give one for each"),
+    (lambda i: i.search(texts="a", embedder="tiny-clip"), "embedder='tiny-clip': expected a CLIPImageEmbedder"),
+    (lambda i: look_alikes(i.vectors), "must be a VectorIndex or a FolderIndex, not ndarray"),
+    (lambda i: look_alikes("vectors"), "must be a VectorIndex or a FolderIndex, not str")])
 def test_a_wrong_call_is_a_typed_error(call, says):
     with pytest.raises(ValidationError, match=says): call(VectorIndex(np.eye(3, dtype=np.float32)))
 

@@ -1,5 +1,5 @@
 "A text's tokens: read with all of a model's tokenizer or not at all, whatever stands in the text or in the files."
-import faulthandler, json, os, shutil
+import json, os, shutil
 
 import numpy as np, pytest, torch
 from tokenizers.pre_tokenizers import ByteLevel
@@ -10,12 +10,7 @@ from devsky_nb.errors import MLError, ModelLoadError, ValidationError
 from devsky_nb.hub.locate import locate_model
 
 
-@pytest.fixture(autouse=True)
-def nothing_hangs():
-    "A hang ends the whole run, with the place where it hung."
-    faulthandler.dump_traceback_later(120, exit=True)
-    yield
-    faulthandler.cancel_dump_traceback_later()
+pytestmark = pytest.mark.usefixtures("nothing_hangs")
 
 
 @pytest.fixture(scope="module")
@@ -112,9 +107,17 @@ CONTENTS = {"empty": b"", "null": b"null", "list": b"[]", "number": b"3", "objec
             "tokens are numbers": b'{"eos_token": 5, "bos_token": [1], "pad_token": {}}', "other end": b'{"eos_token": "red</w>", "tokenizer_class": "CLIPTokenizer"}'}
 
 
-@pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
-def test_a_tokenizer_that_is_damaged_gives_an_error_or_the_right_vectors(folder, content):
-    for name in tokenizer_files(folder):
+def cases():
+    "Every damage of every file; a spread of them in the fast run, so that each file and each damage occurs."
+    for i, (name, content) in enumerate(CONTENTS.items()):
+        yield pytest.param(content, i, id=name)
+        yield pytest.param(content, None, id=f"{name}, of every file", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("content, which", list(cases()))
+def test_a_tokenizer_that_is_damaged_gives_an_error_or_the_right_vectors(folder, content, which):
+    names = tokenizer_files(folder)
+    for name in names if which is None else [names[which % len(names)]]:
         path = folder / name
         sound = path.read_bytes()
         path.write_bytes(sound[:len(sound) // 2] if content is None else content)

@@ -14,6 +14,7 @@ from devsky_nb.errors import ValidationError
 from devsky_nb.demo.catalogue import write_catalogue
 from devsky_nb.demo.garments import Garment, render_garment
 from devsky_nb.validation.account import Embeddings, embed_entries, validate_image_embeddings
+from devsky_nb.validation.checks import label_findings
 from devsky_nb.validation.copies import MAX_DIFFERENCE, MIN_COSINE, near_pairs
 from devsky_nb.validation.contract import ImageSetContract
 from devsky_nb.validation.report import REMEDIES, check_image_set, json_data, one_line
@@ -288,10 +289,13 @@ def test_reports_are_written_whole_or_not_at_all(tiny, tmp_path):
     report.to_json(target)
     assert [p.name for p in target.parent.iterdir()] == ["r.json"]
     (tmp_path / "file").write_text("x")
-    for bad in (tmp_path, tmp_path / "file" / "r.json", "a\0b"):
+    for bad in (tmp_path, tmp_path / "file" / "r.json"):
         for write in (report.to_json, report.to_html):
             with pytest.raises(ValidationError, match="cannot write") as caught: write(bad)
             assert caught.value.details["stage"] == "write"
+    for bad in (None, 5, ""):
+        for write in (report.to_json, report.to_html):
+            with pytest.raises(ValidationError, match="expected a path"): write(bad)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "new"]
 
 
@@ -322,7 +326,7 @@ def test_a_list_of_paths_is_an_image_set(tiny, tmp_path):
     assert report.results["errors"][0]["path"] == str(tmp_path / "b.png")
 
 
-@pytest.mark.parametrize("template", ["a photo", "{} of {x}", "{", 3, ""])
+@pytest.mark.parametrize("template", ["a photo", "{0}", "{", 3, ""])
 def test_a_template_without_a_place_for_the_label_is_refused(tiny, template):
     with pytest.raises(ValidationError, match="for the label"):
         check_image_set({"images": [{"image": make_image()}]}, tiny, template=template)
@@ -367,9 +371,11 @@ def test_an_error_that_nobody_foresaw_is_a_record_and_the_others_go_on(tiny, mon
 
 
 def test_labels_that_are_names_of_images_are_not_judged(tiny):
-    entries = [{"image": make_image(i % 3, 64), "label": f"product {i}"} for i in range(1001)]
-    report = check_image_set({"images": entries}, tiny)
-    assert "not judged" in json.dumps(report.to_dict())
+    entries = [{"label": f"product {i}"} for i in range(1001)]
+    vectors = np.tile(np.eye(1, tiny.dim, dtype=np.float32), (1001, 1))
+    for n, says in (1001, "not judged: 1,001 different labels are names of images"), (1, "not judged: fewer than two labels"):
+        method, wrong = label_findings(Embeddings(vectors[:n], np.arange(n), entries), tiny, "a photo of a {}")
+        assert says in method and wrong == []
 
 
 @pytest.mark.parametrize("embedder", [None, "tiny-clip"])
