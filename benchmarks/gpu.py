@@ -21,7 +21,8 @@ HERE = Path(__file__).resolve().parent
 GIB, MIB = 2**30, 2**20
 PROMPT = "a red striped t-shirt"
 NETWORKS = ("unet", "vae", "text_encoder", "text_encoder_2")
-LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "huggingface_hub", "numpy", "devsky_nb")
+LIBRARIES = ("torch", "transformers", "diffusers", "accelerate", "bitsandbytes", "huggingface_hub", "numpy",
+             "devsky_nb")
 
 
 class Skip(Exception):
@@ -61,7 +62,9 @@ class Run:
 
     def raises(self, name: str, kind: type[Exception], call: Callable[[], object], words: str = "") -> None:
         try: call()
-        except Exception as e: self.check(name, isinstance(e, kind) and words in str(e), f"{type(e).__name__}: {str(e)[:160]}", f"{kind.__name__} {words}")
+        except Exception as e:
+            self.check(name, isinstance(e, kind) and words in str(e), f"{type(e).__name__}: {str(e)[:160]}",
+                       f"{kind.__name__} {words}")
         else: self.check(name, False, "nothing was raised", kind.__name__)
 
     def works(self, name: str, call: Callable[[], object]) -> Any:
@@ -142,7 +145,8 @@ class Run:
     def draw(self, pipeline: Any, **options: Any) -> Any:
         "An image by the pipeline's own call."
         pipeline.set_progress_bar_config(disable=True)
-        usual = {"num_inference_steps": self.options.steps, "width": self.size, "height": self.size, "output_type": "np",
+        usual = {"num_inference_steps": self.options.steps, "width": self.size, "height": self.size,
+                 "output_type": "np",
                  "generator": self.torch.Generator().manual_seed(0)}
         return pipeline(PROMPT, **usual | options).images
 
@@ -205,9 +209,11 @@ def build_sdxl(torch: Any, device: str, dtype: Any) -> Any:
         finally: torch.set_default_dtype(usual)
         words = bundled_folder(KNOWN["tiny-sdxl"]) / "tokenizer"
         tokenizer = AutoTokenizer.from_pretrained(words, local_files_only=True, trust_remote_code=False)
-        scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear", steps_offset=1, timestep_spacing="leading")
+        scheduler = EulerDiscreteScheduler(beta_start=.00085, beta_end=.012, beta_schedule="scaled_linear",
+                                           steps_offset=1, timestep_spacing="leading")
         for network in (unet, vae, first, second): network.eval().requires_grad_(False)
-        return StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer, unet, scheduler, add_watermarker=False)
+        return StableDiffusionXLPipeline(vae, first, second, tokenizer, tokenizer, unet, scheduler,
+                                         add_watermarker=False)
 
 
 SECTIONS: list[Callable[[Run], None]] = []
@@ -223,24 +229,30 @@ def environment(run: Run) -> None:
     from devsky_nb import ValidationError, check_environment
     from devsky_nb.device import check_device, default_dtype, memory_info
     torch = run.torch
-    run.note("versions", {name: version(name) for name in LIBRARIES} | {"python": platform.python_version(), "system": platform.platform()})
+    run.note("versions",
+             {name: version(name) for name in LIBRARIES} | {"python": platform.python_version(),
+                                                            "system": platform.platform()})
     run.raises("a device that is not there is refused", ValidationError, lambda: check_device("cuda:99"), "no device")
     info = memory_info(run.device)
     run.check("free memory is plausible", 0 < info.free <= info.total, info)
     if run.cuda:
         card = torch.cuda.get_device_properties(run.device)
         run.note("card", f"{card.name}, compute capability {card.major}.{card.minor}, {card.total_memory / GIB:.1f} GiB, CUDA {torch.version.cuda}")
-        run.figures["card"] = {"name": card.name, "capability": f"{card.major}.{card.minor}", "bytes": card.total_memory}
+        run.figures["card"] = {"name": card.name, "capability": f"{card.major}.{card.minor}",
+                               "bytes": card.total_memory}
         wanted = torch.bfloat16 if card.major >= 8 else torch.float16
-        run.check("the number format follows from the capability", default_dtype(run.device) == wanted, default_dtype(run.device), wanted)
+        run.check("the number format follows from the capability", default_dtype(run.device) == wanted,
+                  default_dtype(run.device), wanted)
         size = MIB if run.tiny else GIB
         block = torch.empty(size, dtype=torch.uint8, device=run.device)
         del block
         gone = info.free - memory_info(run.device).free
-        run.check("what PyTorch keeps to use again is free", gone <= size // 2, f"{gone / MIB:.0f} MiB less after {size // MIB} MiB were freed")
+        run.check("what PyTorch keeps to use again is free", gone <= size // 2,
+                  f"{gone / MIB:.0f} MiB less after {size // MIB} MiB were freed")
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             asked = ["nvidia-smi", "--query-gpu=memory.total,memory.used,driver_version", "--format=csv,noheader"]
-            told = subprocess.run([*asked, "-i", run.device.partition(":")[2]], capture_output=True, text=True, timeout=20)
+            told = subprocess.run([*asked, "-i", run.device.partition(":")[2]], capture_output=True, text=True,
+                                  timeout=20)
             run.note("nvidia-smi: total, used, driver", told.stdout.strip() or told.stderr.strip())
     for finding in check_environment():
         run.check(f"check_environment: {finding.rule}", finding.severity != "error", finding.message[:160])
@@ -254,7 +266,8 @@ def layers(run: Run) -> None:
     torch = run.torch
     torch.manual_seed(0)
     plain = torch.nn.Linear(640, 1280)
-    kinds = {"nf4": lambda: bnb.nn.Linear4bit(640, 1280, compute_dtype=run.dtypes[-1], quant_type="nf4", compress_statistics=False),
+    kinds = {"nf4": lambda: bnb.nn.Linear4bit(640, 1280, compute_dtype=run.dtypes[-1], quant_type="nf4",
+                                              compress_statistics=False),
              "nf4-dq": lambda: bnb.nn.Linear4bit(640, 1280, compute_dtype=run.dtypes[-1], quant_type="nf4"),
              "int8": lambda: bnb.nn.Linear8bitLt(640, 1280, has_fp16_weights=False, threshold=6.)}
     if run.kind == "mps": del kinds["int8"]
@@ -295,12 +308,14 @@ def build(run: Run) -> None:
     before = run.clean()
     pipeline = run.random_sdxl(run.torch.float16)
     loaded, predicted = run.clean() - before, estimate_vram("sdxl-base").loaded
-    run.check("weights take what was predicted", abs(loaded / predicted - 1) < .01, f"{loaded / GIB:.3f} GiB, predicted {predicted / GIB:.3f}")
+    run.check("weights take what was predicted", abs(loaded / predicted - 1) < .01,
+              f"{loaded / GIB:.3f} GiB, predicted {predicted / GIB:.3f}")
     if shutil.disk_usage(run.work).free < 14 * GIB: raise Skip("no folder is written: less than 14 GiB of disk")
     folder, known = run.work / "sdxl-random", CONFIGS / "sdxl-base"
     if not (folder / "model_index.json").exists():
         pipeline.save_pretrained(str(folder), safe_serialization=True)
-        for config in known.rglob("*.json"): shutil.copyfile(config, folder / config.relative_to(known))  # byte for byte: their traces are known
+        for config in known.rglob("*.json"):
+            shutil.copyfile(config, folder / config.relative_to(known))  # byte for byte: their traces are known
     run.folder = folder
     fixed = run.work / "vae-fix"
     if not fixed.exists(): pipeline.vae.save_pretrained(str(fixed))
@@ -324,13 +339,15 @@ def memory(run: Run) -> None:
     run.measure(f"{short}, fp16-fix, tiles", pipeline, {"dtype": short, "vae": "fp16-fix", "vae_tiling": True})
     vae.disable_tiling()
     vae.enable_slicing()
-    run.measure(f"{short}, fp16-fix, 2 images in slices", pipeline, {"dtype": short, "vae": "fp16-fix", "vae_slicing": True, "batch": 2},
+    run.measure(f"{short}, fp16-fix, 2 images in slices", pipeline,
+                {"dtype": short, "vae": "fp16-fix", "vae_slicing": True, "batch": 2},
                 num_images_per_prompt=2)
     vae.disable_slicing()
     if not run.cuda: raise Skip("offloading is for CUDA")
     first = run.draw(pipeline)
     ways = {"model": lambda: place_networks(pipeline, run.device, offload=True),
-            "group": lambda: pipeline.enable_group_offload(run.torch.device(run.device), offload_type="leaf_level", use_stream=not run.options.pretend),
+            "group": lambda: pipeline.enable_group_offload(run.torch.device(run.device), offload_type="leaf_level",
+                                                           use_stream=not run.options.pretend),
             "sequential": lambda: pipeline.enable_sequential_cpu_offload(device=run.device)}
     for way, offload in ways.items():
         if not run.tiny and psutil.virtual_memory().available < (18 if way == "group" else 10) * GIB:
@@ -362,7 +379,8 @@ def loaders(run: Run) -> None:
             base = run.clean()
             run.reset()
             with VramMonitor(device=run.device) as monitor, monitor.phase("load"):
-                pipeline = load(folder, device=run.device, cache_dir=run.cache, fallback=False, quantize_once=label != "nf4", **options)
+                pipeline = load(folder, device=run.device, cache_dir=run.cache, fallback=False,
+                                quantize_once=label != "nf4", **options)
             report = pipeline.load_report
             what = f"{name} {label}" + (" from its checkpoint" if report.from_checkpoint else "")
             held = run.clean() - base
@@ -376,14 +394,16 @@ def loaders(run: Run) -> None:
             setup = {"dtype": short, "quant": label, "vae": "fp32" if vae == "fp32" else "upcast"}
             if run.cuda:
                 told = f"{held / GIB:.3f} GiB on the card, {report.bytes_after / GIB:.3f} in the report"
-                run.check(f"{what}: the report's bytes are the card's", abs(held / report.bytes_after - 1) < (.1 if run.tiny else .02), told)
+                run.check(f"{what}: the report's bytes are the card's",
+                          abs(held / report.bytes_after - 1) < (.1 if run.tiny else .02), told)
                 estimate = estimate_vram(model, device=run.kind, width=run.size, height=run.size, **setup)
                 run.compare(what, {"load": monitor.timeline.peaks["load"]}, estimate)
             image = run.draw(pipeline)
             if name == "v1":
                 first = image
                 run.measure(what, pipeline, setup)
-                for cast in (lambda: pipeline.to(torch.float64), lambda: pipeline.unet.double()): run.raises(f"{what}: a cast is refused", ValidationError, cast)
+                for cast in (lambda: pipeline.to(torch.float64), lambda: pipeline.unet.double()):
+                    run.raises(f"{what}: a cast is refused", ValidationError, cast)
             else: run.check(f"{label}: a checkpoint draws the same image to the last bit", bool((image == first).all()))
             if name == "v2" and label == "nf4-dq":
                 saved = run.work / "saved"
@@ -398,10 +418,13 @@ def loaders(run: Run) -> None:
             pipeline = None
     if not run.cuda: return
     kept = [path for path in quantized_cache(run.cache).iterdir() if path.is_dir()]
-    for room in (2 * MIB, 7 * MIB) if run.tiny else (int(1.2 * GIB), int(2.3 * GIB)):  # gone while files are read; gone while the rest is moved
+    for room in (2 * MIB, 7 * MIB) if run.tiny else (int(1.2 * GIB),
+                                                     int(2.3 * GIB)):  # gone while files are read; gone while the rest is moved
         with run.limited(run.clean() + room):
-            run.raises(f"room for {room / MIB:.0f} MiB", InsufficientMemoryError, lambda: v1(folder, device=run.device, cache_dir=run.cache))
-    run.check("no checkpoint is deleted for want of memory", bool(kept) and all(path.is_dir() for path in kept), [path.name for path in kept])
+            run.raises(f"room for {room / MIB:.0f} MiB", InsufficientMemoryError,
+                       lambda: v1(folder, device=run.device, cache_dir=run.cache))
+    run.check("no checkpoint is deleted for want of memory", bool(kept) and all(path.is_dir() for path in kept),
+              [path.name for path in kept])
     run.check("and nothing is left on the card", run.clean() < 64 * MIB, f"{run.used() / MIB:.0f} MiB")
 
 
@@ -412,28 +435,34 @@ def across(run: Run) -> None:
     from devsky_nb import ModelLoadError, QuantizedSDXLGenerator, load_quantized, save_quantized
     from devsky_nb import load_sdxl_pipeline_with_quantization_v2 as v2
     def image(pipeline: Any) -> Any:
-        return np.asarray(QuantizedSDXLGenerator(pipeline=pipeline).generate(PROMPT, num_inference_steps=4, seed=1, progress=False), float)
+        return np.asarray(QuantizedSDXLGenerator(pipeline=pipeline).generate(PROMPT, num_inference_steps=4, seed=1,
+                                                                             progress=False), float)
     for label, options in {"nf4-dq": {}, "int8": {"use_4bit": False}}.items():
         if label == "int8" and run.kind == "mps": continue
         usual = {"cache_dir": run.work / "across", "quantize_once": False, "fallback": False, **options}
         before = run.clean()
         run.reset()
         on_cpu = v2("tiny-sdxl", device="cpu", dtype=run.torch.float32, **usual)
-        run.check(f"{label}, device='cpu': nothing touches the GPU", run.peak() - before < 64 * 1024, f"{(run.peak() - before) / MIB:.2f} MiB")
+        run.check(f"{label}, device='cpu': nothing touches the GPU", run.peak() - before < 64 * 1024,
+                  f"{(run.peak() - before) / MIB:.2f} MiB")
         for name in ("cpu", "gpu"): shutil.rmtree(run.work / f"{name}-{label}", ignore_errors=True)
         save_quantized(on_cpu, run.work / f"cpu-{label}")
         wanted = run.works(f"{label}, device='cpu': draws", lambda: image(on_cpu))
         moved = load_quantized(run.work / f"cpu-{label}", run.device)
         got = run.works(f"{label}: the CPU's checkpoint draws on {run.kind}", lambda: image(moved))
         if wanted is not None and got is not None:
-            run.check(f"{label}: and the same image", abs(got - wanted).mean() < 12, f"{abs(got - wanted).mean():.2f} of 255 apart")
+            run.check(f"{label}: and the same image", abs(got - wanted).mean() < 12,
+                      f"{abs(got - wanted).mean():.2f} of 255 apart")
         run.note(f"{label}: the CPU's checkpoint computes on {run.kind} in", moved.unet.dtype)
         here = v2("tiny-sdxl", device=run.device, **usual)
         save_quantized(here, run.work / f"gpu-{label}")
         wanted = image(here)
         try: got = image(load_quantized(run.work / f"gpu-{label}", "cpu"))
-        except ModelLoadError as e: run.check(f"{label}: the GPU's checkpoint on the CPU", "would crash" in str(e), str(e)[:160])
-        else: run.check(f"{label}: the GPU's checkpoint on the CPU", abs(got - wanted).mean() < 12, f"{abs(got - wanted).mean():.2f} of 255 apart")
+        except ModelLoadError as e:
+            run.check(f"{label}: the GPU's checkpoint on the CPU", "would crash" in str(e), str(e)[:160])
+        else:
+            run.check(f"{label}: the GPU's checkpoint on the CPU", abs(got - wanted).mean() < 12,
+                      f"{abs(got - wanted).mean():.2f} of 255 apart")
 
 
 @section
@@ -448,41 +477,51 @@ def generation(run: Run) -> None:
     base = run.clean()
     with QuantizedSDXLGenerator(run.sdxl_folder(), device=run.device, cache_dir=run.cache) as generator:
         one = generator.generate(PROMPT, seed=7, **usual)
-        run.check("the same seed is the same image, to the last bit", generator.generate(PROMPT, seed=7, **usual).tobytes() == one.tobytes())
-        run.check("another seed is another image", generator.generate(PROMPT, seed=8, **usual).tobytes() != one.tobytes())
+        run.check("the same seed is the same image, to the last bit",
+                  generator.generate(PROMPT, seed=7, **usual).tobytes() == one.tobytes())
+        run.check("another seed is another image",
+                  generator.generate(PROMPT, seed=8, **usual).tobytes() != one.tobytes())
         run.check("metadata names the device", one.info["device"].startswith(run.kind), one.info["device"])
         alone = generator.generate_batch([PROMPT] * 2, seeds=[7, 8], batch_size=1, **usual)
         together = generator.generate_batch([PROMPT] * 2, seeds=[7, 8], batch_size=2, **usual)
         gap = max(apart(a, b).mean() for a, b in zip(alone, together))
         run.check("a batch draws what single images are", gap < 8, f"{gap:.2f} of 255 apart on average")
         seen: list[int] = []
-        generator.generate(PROMPT, seed=7, callback=lambda done, total, previews: seen.append(len(previews)), preview_every=1, **usual)
+        generator.generate(PROMPT, seed=7, callback=lambda done, total, previews: seen.append(len(previews)),
+                           preview_every=1, **usual)
         run.check("a preview at each step", seen == [1] * usual["num_inference_steps"], seen)
         stop = threading.Event()
         stop.set()
         run.raises("cancelled", GenerationCancelled, lambda: generator.generate(PROMPT, seed=7, cancel=stop, **usual))
         run.check("and draws as before", generator.generate(PROMPT, seed=7, **usual).tobytes() == one.tobytes())
     del generator
-    if run.cuda: run.check("closing gives the memory back", run.clean() - base < 32 * MIB, f"{(run.used() - base) / MIB:.0f} MiB are left")
+    if run.cuda:
+        run.check("closing gives the memory back", run.clean() - base < 32 * MIB,
+                  f"{(run.used() - base) / MIB:.0f} MiB are left")
     for label, options in {"4 bits": {}, "8 bits": {"use_4bit": False}}.items():
         if not run.cuda: break
         with QuantizedSDXLGenerator(run.sdxl_folder(), device=run.device, cache_dir=run.cache, **options) as generator:
             first, held = generator.generate(PROMPT, seed=7, **usual), run.clean() - base
         del generator
         run.clean()
-        with QuantizedSDXLGenerator(run.sdxl_folder(), device=run.device, cache_dir=run.cache, low_memory=True, **options) as generator:
+        with QuantizedSDXLGenerator(run.sdxl_folder(), device=run.device, cache_dir=run.cache, low_memory=True,
+                                    **options) as generator:
             image, idle = generator.generate(PROMPT, seed=7, **usual), run.clean() - base
             room = .1 * held if run.tiny else max(.05 * held, 32 * MIB)
-            run.check(f"offloaded, {label}: the card is empty between images", idle < room, f"{idle / MIB:.1f} of {held / MIB:.1f} MiB")
-            run.note(f"offloaded, {label}: tiles and offload change the image by", f"{apart(image, first).mean():.2f} of 255 on average")
+            run.check(f"offloaded, {label}: the card is empty between images", idle < room,
+                      f"{idle / MIB:.1f} of {held / MIB:.1f} MiB")
+            run.note(f"offloaded, {label}: tiles and offload change the image by",
+                     f"{apart(image, first).mean():.2f} of 255 on average")
             adopted = QuantizedSDXLGenerator(pipeline=generator.pipeline)
             run.check(f"offloaded, {label}: adopted as the GPU's", adopted.device.startswith("cuda"), adopted.device)
         del generator, adopted
         run.clean()
-    with QuantizedSDXLGenerator(run.sdxl_folder(), use_quantization=False, device=run.device, dtype=run.dtypes[0], cache_dir=run.cache) as generator:
+    with QuantizedSDXLGenerator(run.sdxl_folder(), use_quantization=False, device=run.device, dtype=run.dtypes[0],
+                                cache_dir=run.cache) as generator:
         before = {parameter.dtype for parameter in generator.pipeline.vae.parameters()}
         generator.generate(PROMPT, seed=7, **usual)
-        run.check("the VAE's format is as before", {parameter.dtype for parameter in generator.pipeline.vae.parameters()} == before, before)
+        run.check("the VAE's format is as before",
+                  {parameter.dtype for parameter in generator.pipeline.vae.parameters()} == before, before)
 
 
 @section
@@ -495,7 +534,8 @@ def small_cards(run: Run) -> None:
     for budget in () if run.tiny else ("6GB", "8GB", "12GB"):
         if parse_bytes(budget) > total: continue
         options = plan_vram(folder, budget, dtype="fp16", top=20).options
-        eight = [option for option in options if option.estimate.setup.quant == "int8" and option.estimate.setup.offload]
+        eight = [option for option in options if option.estimate.setup.quant == "int8"
+                 and option.estimate.setup.offload]
         for label, option in {option.label: option for option in (*options[:1], *eight[:1])}.items():
             code = option.code.replace('"madebyollin/sdxl-vae-fp16-fix"', repr(str(run.work / "vae-fix")))
             code = re.sub("num_images_per_prompt", "num_inference_steps=2, num_images_per_prompt", code)
@@ -523,10 +563,12 @@ def small_cards(run: Run) -> None:
         run.works("with room again it draws", lambda: generator.generate(PROMPT, **usual))
     del generator
     run.clean()
-    with QuantizedSDXLGenerator(folder, use_quantization=False, device=run.device, dtype=run.torch.float16, cache_dir=run.cache) as generator:
+    with QuantizedSDXLGenerator(folder, use_quantization=False, device=run.device, dtype=run.torch.float16,
+                                cache_dir=run.cache) as generator:
         vae = generator.pipeline.vae
         half = sum(parameter.numel() for parameter in vae.parameters())  # bytes: a quarter of the VAE in fp32, so memory is out amid the upcast
-        with run.limited(run.clean() + half), contextlib.suppress(InsufficientMemoryError): generator.generate(PROMPT, **usual)
+        with run.limited(run.clean() + half), contextlib.suppress(InsufficientMemoryError):
+            generator.generate(PROMPT, **usual)
         found = {str(parameter.dtype) for parameter in vae.parameters()}
         run.check("a VAE whose upcast ran out of memory is whole again", found == {"torch.float16"}, found)
         run.works("and draws", lambda: generator.generate(PROMPT, **usual))
@@ -541,9 +583,11 @@ def monitor(run: Run) -> None:
         run.clean()
         with VramMonitor(device=run.device) as watch:
             with watch.phase("short"): block = torch.empty(64 * MIB, dtype=torch.uint8, device=run.device); del block
-            with watch.phase("long"): block = torch.empty(16 * MIB, dtype=torch.uint8, device=run.device); time.sleep(.1)
+            with watch.phase("long"):
+                block = torch.empty(16 * MIB, dtype=torch.uint8, device=run.device); time.sleep(.1)
         del block
-        run.check("a peak between two samples is seen, in its own phase", watch.timeline.peaks == {"short": 64 * MIB, "long": 16 * MIB}, watch.timeline.peaks)
+        run.check("a peak between two samples is seen, in its own phase",
+                  watch.timeline.peaks == {"short": 64 * MIB, "long": 16 * MIB}, watch.timeline.peaks)
     pipeline = run.random_sdxl(run.dtypes[0])
     small = {} if run.tiny else {"width": 512, "height": 512}
     run.draw(pipeline, **small)
@@ -569,7 +613,8 @@ def speed(run: Run) -> None:
     for goal in ("speed", "memory"):
         pipeline = run.random_sdxl(run.dtypes[-1])
         run.draw(pipeline, width=side, height=side)
-        first, before = run.draw(pipeline, width=side, height=side), run.seconds(lambda: run.draw(pipeline, width=side, height=side), 2)
+        first, before = run.draw(pipeline, width=side,
+                                 height=side), run.seconds(lambda: run.draw(pipeline, width=side, height=side), 2)
         report = optimize(pipeline, goal, width=side, height=side)
         print("\n".join("       " + line for line in repr(report).splitlines()), flush=True)
         run.draw(pipeline, width=side, height=side)
@@ -577,12 +622,15 @@ def speed(run: Run) -> None:
         run.reset()
         after = run.seconds(lambda: run.draw(pipeline, width=side, height=side), 2)
         run.note(f"for {goal}", f"{before:.2f} s before, {after:.2f} s after; {run.peak() / GIB:.2f} GiB")
-        run.figures.setdefault("optimize", {})[goal] = report.to_dict() | {"seconds_before": before, "seconds_after": after, "peak": run.peak()}
+        run.figures.setdefault("optimize", {})[goal] = report.to_dict() | {"seconds_before": before,
+                                                                           "seconds_after": after, "peak": run.peak()}
         gap = float(abs(run.draw(pipeline, width=side, height=side) - first).max())
         run.check(f"for {goal}: the image stays", gap < .1, f"largest difference {gap:.4f} of 1")
         broken = {name: reason for name, reason in report.skipped.items() if "fails" in reason}
         run.check(f"for {goal}: no switch breaks the pipeline", not broken, broken)
-        if goal == "speed": run.check("for speed: it is not slower", after < 1.1 * before or run.tiny, f"{before / after:.2f} times as fast")
+        if goal == "speed":
+            run.check("for speed: it is not slower", after < 1.1 * before or run.tiny,
+                      f"{before / after:.2f} times as fast")
         del pipeline
         run.clean()
 
@@ -591,7 +639,8 @@ def small_jpeg(rng: Any, width: int, height: int) -> bytes:
     "A smooth image with some noise, as JPEG."
     import numpy as np
     from PIL import Image
-    smooth = Image.fromarray(rng.integers(0, 255, (height // 8, width // 8, 3), np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    smooth = Image.fromarray(rng.integers(0, 255, (height // 8, width // 8, 3), np.uint8)).resize((width, height),
+                                                                                                  Image.Resampling.BICUBIC)
     noisy = np.clip(np.asarray(smooth, np.int16) + rng.integers(-12, 12, (height, width, 3)), 0, 255).astype(np.uint8)
     data = io.BytesIO()
     Image.fromarray(noisy).save(data, "JPEG", quality=85)
@@ -612,9 +661,12 @@ def clip_folder(run: Run, name: str) -> Path:
         run.torch.manual_seed(0)
         with run.torch.device(run.device): model = CLIPModel(CLIPConfig.from_pretrained(CONFIGS / name)).eval()
         model.save_pretrained(str(folder))
-    preprocessing = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 224}, "resample": 3, "do_center_crop": True,
-                     "crop_size": {"height": 224, "width": 224}, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
-                     "image_mean": [.48145466, .4578275, .40821073], "image_std": [.26862954, .26130258, .27577711], "do_convert_rgb": True}
+    preprocessing = {"image_processor_type": "CLIPImageProcessor", "do_resize": True, "size": {"shortest_edge": 224},
+                     "resample": 3, "do_center_crop": True,
+                     "crop_size": {"height": 224, "width": 224}, "do_rescale": True, "rescale_factor": 1 / 255,
+                     "do_normalize": True,
+                     "image_mean": [.48145466, .4578275, .40821073], "image_std": [.26862954, .26130258, .27577711],
+                     "do_convert_rgb": True}
     (folder / "preprocessor_config.json").write_text(json.dumps(preprocessing), encoding="utf-8")
     return folder
 
@@ -638,7 +690,8 @@ def clip(run: Run) -> None:
                 cosine = float((got * wanted).sum(1).min())
                 run.check(f"{name} {precision}: the CPU's vectors", cosine > least[precision], f"cosine {cosine:.6f}")
                 for batch in (32,) if run.tiny else (32, 128):
-                    pixels = torch.randn(batch, 3, wanted_side(embedder), wanted_side(embedder), device=run.device, dtype=next(embedder.model.parameters()).dtype)
+                    pixels = torch.randn(batch, 3, wanted_side(embedder), wanted_side(embedder), device=run.device,
+                                         dtype=next(embedder.model.parameters()).dtype)
                     def model_only() -> None:
                         with torch.inference_mode(): clip_vectors(embedder.model, pixels)
                     model_only()
@@ -647,12 +700,16 @@ def clip(run: Run) -> None:
                     for _ in embedder.embed_stream(images, batch): pass
                     whole = run.seconds(lambda: [None for _ in embedder.embed_stream(many, batch)])
                     busy = alone * len(many) / batch / whole
-                    run.note(f"{name} {precision}, batches of {batch}", f"model alone {batch / alone:.0f} images/s, from JPEG {len(many) / whole:.0f}: busy {busy:.0%} of the time")
-                    run.figures.setdefault("clip", {})[f"{name} {precision} {batch}"] = {"model": batch / alone, "from_jpeg": len(many) / whole, "busy": busy}
+                    run.note(f"{name} {precision}, batches of {batch}",
+                             f"model alone {batch / alone:.0f} images/s, from JPEG {len(many) / whole:.0f}: busy {busy:.0%} of the time")
+                    run.figures.setdefault("clip", {})[f"{name} {precision} {batch}"] = {"model": batch / alone,
+                                                                                         "from_jpeg": len(many) / whole,
+                                                                                         "busy": busy}
                 if run.cuda:
                     with run.limited(run.clean() + (1_000_000 if run.tiny else 48 * MIB)):  # room for two or three images
                         errors = [result.error for result in embedder.embed_stream(images[:16], 16) if result.error]
-                    run.check(f"{name} {precision}: little memory halves the batch", not errors, str(errors[0])[:160] if errors else "")
+                    run.check(f"{name} {precision}: little memory halves the batch", not errors,
+                              str(errors[0])[:160] if errors else "")
             del embedder
             run.clean()
 
@@ -677,12 +734,15 @@ def registry(run: Run) -> None:
     run.check("on the device", next(model.parameters()).device.type == run.kind)
     del model
     models.get_model("tiny-sdxl")
-    run.check("eviction keeps to the limit", not run.cuda or run.clean() - base < 1.2 * limit, f"{(run.used() - base) / MIB:.1f} MiB on the card")
+    run.check("eviction keeps to the limit", not run.cuda or run.clean() - base < 1.2 * limit,
+              f"{(run.used() - base) / MIB:.1f} MiB on the card")
     models.unload("tiny-sdxl")
-    run.check("unloading gives the memory back", run.clean() - base < 4 * MIB, f"{(run.used() - base) / MIB:.2f} MiB are left")
+    run.check("unloading gives the memory back", run.clean() - base < 4 * MIB,
+              f"{(run.used() - base) / MIB:.2f} MiB are left")
     if not run.cuda: return
     roomy = ModelRegistry(cache_dir=run.cache, device=run.device, max_bytes=1 << 40)
-    with run.limited(run.clean() + 2 * MIB): run.raises("a model that does not fit", InsufficientMemoryError, lambda: roomy.get_model("tiny-sdxl"))
+    with run.limited(run.clean() + 2 * MIB):
+        run.raises("a model that does not fit", InsufficientMemoryError, lambda: roomy.get_model("tiny-sdxl"))
 
 
 @section
@@ -700,7 +760,8 @@ def second_gpu(run: Run) -> None:
             torch.cuda.reset_peak_memory_stats(first)
             before = torch.cuda.memory_allocated(first)
             def draw() -> None:
-                with QuantizedSDXLGenerator("tiny-sdxl", device=other, cache_dir=run.work / "second", low_memory=low_memory, **options) as generator:
+                with QuantizedSDXLGenerator("tiny-sdxl", device=other, cache_dir=run.work / "second",
+                                            low_memory=low_memory, **options) as generator:
                     image = generator.generate(PROMPT, seed=1, num_inference_steps=2, progress=False)
                 if image.info["device"] != other: raise AssertionError(f"it was drawn on {image.info['device']}")
             what = f"{label}{', offloaded' if low_memory else ''} on {other}"
@@ -708,7 +769,8 @@ def second_gpu(run: Run) -> None:
             taken = torch.cuda.max_memory_allocated(first) - before
             run.check(f"{what}: nothing on {first}", taken < 64 * 1024, f"{taken} bytes")
     with CLIPImageEmbedder("tiny-clip", device=other) as embedder:
-        run.check(f"embeds on {other}", bool(np.isfinite(embedder.encode_images_batch([np.zeros((64, 64, 3), np.uint8)]).numpy()).all()))
+        run.check(f"embeds on {other}",
+                  bool(np.isfinite(embedder.encode_images_batch([np.zeros((64, 64, 3), np.uint8)]).numpy()).all()))
 
 
 @section
@@ -719,7 +781,8 @@ def leaks(run: Run) -> None:
     for _ in range(4):
         for options in ({}, {"use_4bit": False}, {"use_quantization": False}, {"low_memory": True}):
             if run.kind == "mps" and options.get("use_4bit") is False: continue
-            with QuantizedSDXLGenerator("tiny-sdxl", device=run.device, cache_dir=run.work / "leaks", **options) as generator:
+            with QuantizedSDXLGenerator("tiny-sdxl", device=run.device, cache_dir=run.work / "leaks",
+                                        **options) as generator:
                 generator.generate(PROMPT, seed=1, num_inference_steps=1, progress=False)
             del generator
         held.append(run.clean())
@@ -730,7 +793,8 @@ def run_section(run: Run, function: Callable[[Run], None]) -> None:
     "One section, whatever happens in it."
     run.section = function.__name__
     print(f"== {function.__name__}: {function.__doc__}", flush=True)
-    if time.time() - run.started > 60 * run.options.minutes: return run.note("left out", f"{run.options.minutes:g} minutes are over")
+    if time.time() - run.started > 60 * run.options.minutes:
+        return run.note("left out", f"{run.options.minutes:g} minutes are over")
     start = time.time()
     try: function(run)
     except Skip as e: run.note("left out", e)
@@ -745,9 +809,11 @@ def run_section(run: Run, function: Callable[[Run], None]) -> None:
 def chosen_sections(options: argparse.Namespace) -> list[Callable[[Run], None]]:
     names = {function.__name__ for function in SECTIONS}
     only, skip = (set(filter(None, text.split(","))) for text in (options.only, options.skip))
-    if unknown := (only | skip) - names: sys.exit(f"no section {', '.join(sorted(unknown))}: there are {', '.join(function.__name__ for function in SECTIONS)}")
+    if unknown := (only | skip) - names:
+        sys.exit(f"no section {', '.join(sorted(unknown))}: there are {', '.join(function.__name__ for function in SECTIONS)}")
     if only & {"loaders", "generation", "small_cards"}: only.add("build")
-    return [function for function in SECTIONS if function.__name__ not in skip and (not only or function.__name__ in only)]
+    return [function for function in SECTIONS if function.__name__ not in skip
+            and (not only or function.__name__ in only)]
 
 
 def report(run: Run) -> int:  # exit status
@@ -758,7 +824,8 @@ def report(run: Run) -> int:  # exit status
     for result in run.results:
         if result["status"] == "FAIL": print(f"  FAIL {result['section']}: {result['name']}: {result['value']}")
     if run.options.out:
-        told = {"device": run.device, "pretended": run.options.pretend, "tiny": run.tiny, "seconds": round(seconds, 1), "counts": counts,
+        told = {"device": run.device, "pretended": run.options.pretend, "tiny": run.tiny, "seconds": round(seconds, 1),
+                "counts": counts,
                 "figures": run.figures, "results": run.results}
         run.options.out.write_text(json.dumps(told, indent=1, default=str) + "\n", encoding="utf-8")
     if not run.options.work: shutil.rmtree(run.work, ignore_errors=True)
@@ -766,7 +833,8 @@ def report(run: Run) -> int:  # exit status
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What only a GPU can show.", epilog="sections: " + ", ".join(function.__name__ for function in SECTIONS))
+    parser = argparse.ArgumentParser(description="What only a GPU can show.",
+                                     epilog="sections: " + ", ".join(function.__name__ for function in SECTIONS))
     parser.add_argument("--device", help="cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument("--tiny", action="store_true", help="the package's small models instead of SDXL and CLIP")
     parser.add_argument("--dry-run", action="store_true", help="the small models on the CPU")
@@ -774,9 +842,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--only", default="", help="sections, with commas")
     parser.add_argument("--skip", default="", help="sections, with commas")
     parser.add_argument("--work", type=Path, help="a folder for weights, kept afterwards (default: a temporary one)")
-    parser.add_argument("--minutes", type=float, default=9, help="after which no section is begun (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=9,
+                        help="after which no section is begun (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=2, help="of denoising (default: %(default)s)")
-    parser.add_argument("--size", type=int, default=1024, help="pixels a side where memory is measured (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=1024,
+                        help="pixels a side where memory is measured (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write all results as JSON")
     options = parser.parse_args()
     if options.dry_run: options.device = "cpu"
@@ -786,6 +856,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     options = arguments()
+    chosen = chosen_sections(options)
     warnings.filterwarnings("ignore")
     machine: contextlib.AbstractContextManager = contextlib.nullcontext()
     if options.pretend:
@@ -794,7 +865,7 @@ def main() -> int:
         machine = pretended("cuda", count=2)
     with machine:
         run = Run(options)
-        for function in chosen_sections(options): run_section(run, function)
+        for function in chosen: run_section(run, function)
         return report(run)
 
 

@@ -28,9 +28,12 @@ CPU = torch.device("cpu")
 GPUS = ("cuda", "mps")
 BLOCK = 512  # bytes: CUDA's allocator gives out no less
 NO_FLOAT64 = "Cannot convert a MPS Tensor to float64 dtype as the MPS framework doesn't support float64. Please use float32 instead."
-CROSSING = {"aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_", "aten::index_put", "aten::_index_put_impl_", "aten::set_",
-            "aten::_local_scalar_dense", "aten::is_same_size", "aten::_has_compatible_shallow_copy_type"}  # operations that may meet two devices
-WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}  # operations whose result Python needs at once
+CROSSING = {"aten::copy_", "aten::_to_copy", "aten::index.Tensor", "aten::index_put_", "aten::index_put",
+            "aten::_index_put_impl_", "aten::set_",
+            "aten::_local_scalar_dense", "aten::is_same_size",
+            "aten::_has_compatible_shallow_copy_type"}  # operations that may meet two devices
+WAITING = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal",
+           "aten::is_nonzero"}  # operations whose result Python needs at once
 
 
 class PretendedGPU:
@@ -66,10 +69,12 @@ class PretendedGPU:
 
     def device(self, asked: Any = None) -> torch.device:  # with its number
         "What a device is called in full."
-        if asked is None or isinstance(asked, int): return self.devices[self.current if asked is None or asked < 0 else asked]
+        if asked is None or isinstance(asked, int):
+            return self.devices[self.current if asked is None or asked < 0 else asked]
         device = torch.device(asked)
         if device.type == "cpu": return CPU
-        if device.type in GPUS and device.index is None: return torch.device(device.type, self.current if device.type == "cuda" else 0)
+        if device.type in GPUS and device.index is None:
+            return torch.device(device.type, self.current if device.type == "cuda" else 0)
         return device
 
     def used(self, device: Any = None) -> int: return self._used[self.device(device)]
@@ -127,7 +132,8 @@ class PretendedGPU:
         known = self.done if place == CPU else self.done | self.stream(place).before
         if coming is not None and coming not in known:
             raise RuntimeError(f"a tensor on {place} is used before the copy that fills it is done: nothing has waited for it")
-        if writes and going is not None and going not in known: raise RuntimeError(f"a tensor on {place} is changed while it is copied from")
+        if writes and going is not None and going not in known:
+            raise RuntimeError(f"a tensor on {place} is changed while it is copied from")
 
     def of(self, tensor: torch.Tensor) -> torch.device:
         "The device that a tensor would be on."
@@ -166,9 +172,12 @@ class PretendedGPU:
     def copy(self, tensor: torch.Tensor, *arguments: Any, copy: bool = False, **options: Any) -> torch.Tensor:
         "`Tensor.to`, from any device to any other."
         if isinstance(options.get("device"), int): options["device"] = self.device(options["device"])
-        if arguments and isinstance(arguments[0], int) and not isinstance(arguments[0], bool): arguments = self.device(arguments[0]), *arguments[1:]
+        if arguments and isinstance(arguments[0], int) and not isinstance(arguments[0], bool):
+            arguments = self.device(arguments[0]), *arguments[1:]
         like = options.pop("other", arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else None)
-        asked, dtype, non_blocking, layout = (self.of(like), like.dtype, False, None) if like is not None else torch._C._nn._parse_to(*arguments, **options)
+        asked, dtype, non_blocking, layout = (self.of(like), like.dtype, False,
+                                              None) if like is not None else torch._C._nn._parse_to(*arguments,
+                                                                                                    **options)
         here = self.of(tensor)
         there = here if asked is None else self.device(asked)
         dtype = dtype or tensor.dtype
@@ -179,7 +188,8 @@ class PretendedGPU:
             moved = torch.Tensor.to(tensor, dtype=dtype, device="meta" if there.type == "meta" else CPU, **form)
             return self.put(moved, there)
         self.check_order(tensor, writes=False)
-        with torch._C._DisableTorchDispatch(): moved = torch.Tensor.to(tensor, dtype=dtype, copy=True, **form)  # without the label of what it comes from
+        with torch._C._DisableTorchDispatch():
+            moved = torch.Tensor.to(tensor, dtype=dtype, copy=True, **form)  # without the label of what it comes from
         if there == CPU and non_blocking and here.type == "cuda": self.pin(moved)
         self.put(moved, there)
         if CPU in (here, there): self.moved(tensor, moved, there, non_blocking)
@@ -210,26 +220,32 @@ class Operations(TorchDispatchMode):
         operands = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
         places = [gpu.of(operand) for operand in operands]
         device = next((place for place in places if place.type in GPUS), CPU)
-        bound = {place for operand, place in zip(operands, places) if place.type in GPUS or (place == CPU and operand.dim())}  # a number on the CPU goes anywhere
+        bound = {place for operand, place in zip(operands, places) if place.type in GPUS
+                 or (place == CPU and operand.dim())}  # a number on the CPU goes anywhere
         if len(bound) > 1 and not {name, overload} & CROSSING:
             raise RuntimeError(f"Expected all tensors to be on the same device, but found at least two devices, {' and '.join(sorted(map(str, bound)))}! "
                                f"(when checking {name})")
         if device.type in GPUS and name in WAITING: gpu.wait_for(set(gpu.stream(device).before))
         if gpu.coming or gpu.going:
-            for operand in operands: gpu.check_order(operand, writes=operand is operands[0] and is_written(operation, kwargs))
+            for operand in operands:
+                gpu.check_order(operand, writes=operand is operands[0] and is_written(operation, kwargs))
             if "out" in kwargs: gpu.check_order(kwargs["out"], writes=True)
-        if name == "aten::copy_" and len(set(places[:2])) == 2 and CPU in places[:2]: gpu.moved(operands[1], operands[0], places[0], bool((*args, *[False] * 3)[2]))
+        if name == "aten::copy_" and len(set(places[:2])) == 2 and CPU in places[:2]:
+            gpu.moved(operands[1], operands[0], places[0], bool((*args, *[False] * 3)[2]))
         if kwargs.get("device") is not None:
             device = gpu.device(kwargs["device"])
             if device.type in GPUS: kwargs["device"] = CPU
         check_generator(kwargs.get("generator"), device)
-        if device.type == "mps" and (kwargs.get("dtype") == torch.float64 or any(operand.dtype == torch.float64 for operand, place in zip(operands, places) if place == device)):
+        if device.type == "mps" and (kwargs.get("dtype") == torch.float64
+                                     or any(operand.dtype == torch.float64 for operand,
+                                            place in zip(operands, places) if place == device)):
             raise TypeError(NO_FLOAT64)
         result = operation(*args, **kwargs)
         if device.type in GPUS:
             known = {operand.untyped_storage()._cdata for operand in operands if not operand.is_meta}
             for value in tree_leaves(result):
-                if isinstance(value, torch.Tensor) and not value.is_meta and value.untyped_storage()._cdata not in known: gpu.put(value, device)
+                if isinstance(value, torch.Tensor) and not value.is_meta and value.untyped_storage()._cdata not in known:
+                    gpu.put(value, device)
         return result
 
 
@@ -259,7 +275,8 @@ class Calls(TorchFunctionMode):
             Tensor.is_cpu.__get__: lambda tensor: gpu.of(tensor).type == "cpu",
             Tensor.get_device: lambda tensor: gpu.of(tensor).index if gpu.of(tensor).type in GPUS else -1,
             Tensor.to: gpu.copy,
-            Tensor.cuda: lambda tensor, device=None, non_blocking=False, **_: gpu.copy(tensor, gpu.device(device), non_blocking=non_blocking),
+            Tensor.cuda: lambda tensor, device=None, non_blocking=False,
+            **_: gpu.copy(tensor, gpu.device(device), non_blocking=non_blocking),
             Tensor.cpu: lambda tensor, *_, **__: gpu.copy(tensor, CPU),
             Tensor.pin_memory: lambda tensor, *_: gpu.pin(tensor.clone()),
             Tensor.is_pinned: lambda tensor, *_: gpu.is_pinned(tensor)}
@@ -267,18 +284,23 @@ class Calls(TorchFunctionMode):
     def __torch_function__(self, function: Any, kinds: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         gpu, kwargs = self.gpu, dict(kwargs or {})
         if function in self.answers: return self.answers[function](*args, **kwargs)
-        if function is torch.device: return gpu.device(args[0]) if args and isinstance(args[0], int) else function(*args, **kwargs)
+        if function is torch.device:
+            return gpu.device(args[0]) if args and isinstance(args[0], int) else function(*args, **kwargs)
         if function in (torch.Tensor.numpy, torch.Tensor.__array__) and gpu.of(args[0]).type in GPUS:
             raise TypeError(f"can't convert {gpu.of(args[0])} device type tensor to numpy. Use Tensor.cpu() to copy the tensor to host memory first.")
         if function is torch.Tensor.__deepcopy__: return gpu.put(function(*args, **kwargs), gpu.of(args[0]))
-        if function in (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist): gpu.check_order(args[0], writes=False)
-        if function is not torch.Tensor.pin_memory and kwargs.pop("pin_memory", False): return gpu.pin(function(*args, **kwargs))
+        if function in (torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.tolist):
+            gpu.check_order(args[0], writes=False)
+        if function is not torch.Tensor.pin_memory and kwargs.pop("pin_memory", False):
+            return gpu.pin(function(*args, **kwargs))
         asked = kwargs.get("device")
-        if function is torch._C._nn._parse_to or asked is None or gpu.device(asked).type not in GPUS: return function(*args, **kwargs)
+        if function is torch._C._nn._parse_to or asked is None or gpu.device(asked).type not in GPUS:
+            return function(*args, **kwargs)
         device = gpu.device(kwargs.pop("device"))
         check_generator(kwargs.get("generator"), device)
         if device.type == "mps" and kwargs.get("dtype") == torch.float64: raise TypeError(NO_FLOAT64)
-        if function is torch.as_tensor and args and isinstance(args[0], torch.Tensor): return gpu.copy(args[0], device, **kwargs)
+        if function is torch.as_tensor and args and isinstance(args[0], torch.Tensor):
+            return gpu.copy(args[0], device, **kwargs)
         result = function(*args, device="cpu", **kwargs)
         for value in tree_leaves(result):
             if isinstance(value, torch.Tensor): gpu.put(value, device)
@@ -321,32 +343,45 @@ def current_device(gpu: PretendedGPU) -> type:
 
 def cuda_functions(gpu: PretendedGPU) -> dict[str, Any]:
     "What `torch.cuda` answers."
-    properties = types.SimpleNamespace(name="Pretended", total_memory=gpu.total, major=gpu.capability[0], minor=gpu.capability[1], multi_processor_count=108)
-    def set_fraction(share: float, device: Any = None) -> None: gpu.set_limit(min(int(share * gpu.total), gpu.total - gpu.others), device)
+    properties = types.SimpleNamespace(name="Pretended", total_memory=gpu.total, major=gpu.capability[0],
+                                       minor=gpu.capability[1], multi_processor_count=108)
+    def set_fraction(share: float,
+                     device: Any = None) -> None: gpu.set_limit(min(int(share * gpu.total), gpu.total - gpu.others),
+                                                                device)
     def set_device(device: Any) -> None: gpu.current = gpu.device(device).index
     return {
         "is_available": lambda: True, "is_initialized": lambda: True, "init": lambda: None, "_lazy_init": lambda: None,
-        "device_count": lambda: len(gpu.devices), "current_device": lambda: gpu.current, "set_device": set_device, "device": current_device(gpu),
-        "get_device_capability": lambda device=None: gpu.capability, "get_device_name": lambda device=None: properties.name,
-        "get_device_properties": lambda device=None: properties, "is_bf16_supported": lambda *_, **__: gpu.capability >= (8, 0),
+        "device_count": lambda: len(gpu.devices), "current_device": lambda: gpu.current, "set_device": set_device,
+        "device": current_device(gpu),
+        "get_device_capability": lambda device=None: gpu.capability,
+        "get_device_name": lambda device=None: properties.name,
+        "get_device_properties": lambda device=None: properties, "is_bf16_supported": lambda *_,
+        **__: gpu.capability >= (8, 0),
         "get_arch_list": lambda: ["sm_%d%d" % gpu.capability],
-        "mem_get_info": lambda device=None: (gpu.free(device), gpu.total), "memory_allocated": gpu.used, "max_memory_allocated": gpu.peak,
-        "memory_reserved": gpu.reserved, "max_memory_reserved": lambda device=None: max(gpu.reserved(device), gpu.peak(device)),
-        "reset_peak_memory_stats": gpu.reset_peak, "empty_cache": gpu.empty_cache, "ipc_collect": lambda: None, "set_per_process_memory_fraction": set_fraction,
+        "mem_get_info": lambda device=None: (gpu.free(device), gpu.total), "memory_allocated": gpu.used,
+        "max_memory_allocated": gpu.peak,
+        "memory_reserved": gpu.reserved,
+        "max_memory_reserved": lambda device=None: max(gpu.reserved(device), gpu.peak(device)),
+        "reset_peak_memory_stats": gpu.reset_peak, "empty_cache": gpu.empty_cache, "ipc_collect": lambda: None,
+        "set_per_process_memory_fraction": set_fraction,
         "synchronize": gpu.synchronise, "Stream": gpu.Stream, "Event": gpu.Event, "current_stream": gpu.stream,
         "default_stream": lambda device=None: gpu._defaults[gpu.device(device)], "stream": gpu.on_stream}
 
 
 def mps_functions(gpu: PretendedGPU) -> dict[str, Any]:
     "What `torch.mps` answers."
-    return {"is_available": lambda: True, "device_count": lambda: 1, "recommended_max_memory": lambda: gpu.total, "empty_cache": gpu.empty_cache,
-            "driver_allocated_memory": lambda: gpu.reserved() + gpu.others, "current_allocated_memory": gpu.used, "synchronize": gpu.synchronise}
+    return {"is_available": lambda: True, "device_count": lambda: 1, "recommended_max_memory": lambda: gpu.total,
+            "empty_cache": gpu.empty_cache,
+            "driver_allocated_memory": lambda: gpu.reserved() + gpu.others, "current_allocated_memory": gpu.used,
+            "synchronize": gpu.synchronise}
 
 
 def accelerator_functions(gpu: PretendedGPU) -> dict[str, Any]:
     "What `torch.accelerator` answers."
-    return {"is_available": lambda: True, "device_count": lambda: len(gpu.devices), "current_device_index": lambda: gpu.current,
-            "current_accelerator": lambda check_available=False: torch.device(gpu.kind), "memory_allocated": gpu.used, "empty_cache": gpu.empty_cache,
+    return {"is_available": lambda: True, "device_count": lambda: len(gpu.devices),
+            "current_device_index": lambda: gpu.current,
+            "current_accelerator": lambda check_available=False: torch.device(gpu.kind), "memory_allocated": gpu.used,
+            "empty_cache": gpu.empty_cache,
             "synchronize": gpu.synchronise}
 
 
@@ -372,7 +407,8 @@ def pretended(kind: str = "cuda",  # or "mps"
             for name, value in mps_functions(gpu).items(): patch.setattr(torch.mps, name, value)
             patch.setattr(torch.backends.mps, "is_available", lambda: True)
             patch.setattr(torch.backends.mps, "is_built", lambda: True)
-        for name, value in accelerator_functions(gpu).items(): patch.setattr(torch.accelerator, name, value, raising=False)
+        for name, value in accelerator_functions(gpu).items():
+            patch.setattr(torch.accelerator, name, value, raising=False)
         patch.setattr(torch._C, "_accelerator_getAccelerator", lambda: torch.device(kind))
         patch.setattr(threading.Thread, "run", run_on_it)
         patch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # transformers' loading threads are older than this

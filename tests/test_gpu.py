@@ -5,14 +5,16 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
-SECTIONS = ("environment", "layers", "memory", "loaders", "across", "generation", "small_cards", "monitor", "speed", "clip", "registry", "second_gpu",
+SECTIONS = ("environment", "layers", "memory", "loaders", "across", "generation", "small_cards", "monitor", "speed", "clip", "registry",
+            "second_gpu",
             "leaks")
 
 
 def gpu(*options, out=None):
     "A run; its results."
     command = [sys.executable, str(SCRIPT), *options] + (["--out", str(out)] if out else [])
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=900, env=os.environ | {"PYTHONIOENCODING": "utf-8"})
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=900,
+                          env=os.environ | {"PYTHONIOENCODING": "utf-8"})
 
 
 def failed(out):
@@ -21,11 +23,11 @@ def failed(out):
 
 def test_it_runs_on_the_cpu_and_writes_what_it_saw(tmp_path):
     out = tmp_path / "gpu.json"
-    done = gpu("--dry-run", "--only", "environment,registry", out=out)
+    done = gpu("--dry-run", "--only", "registry", out=out)
     told = json.loads(out.read_text(encoding="utf-8"))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert told["device"] == "cpu" and told["counts"]["PASS"] >= 4 and failed(out) == []
-    assert {result["section"] for result in told["results"]} == {"environment", "registry"}
+    assert told["device"] == "cpu" and told["counts"]["PASS"] >= 3 and failed(out) == []
+    assert {result["section"] for result in told["results"]} == {"registry"}
 
 
 def test_a_section_that_is_not_there_is_said():

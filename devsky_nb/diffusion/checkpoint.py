@@ -19,7 +19,7 @@ from typing import Any, TYPE_CHECKING
 from .._core import format_bytes, is_integer, read_json, require, sync
 from ..device import check_device, dtype_name, is_out_of_memory, release_traceback
 from .load import (bring, check_pipeline_dtype, load_failure, LoadReport, LoadRequest, PartReport,
-                   protect, room_for, send_away, tensor_shapes)
+                   protect, room_for, tensor_shapes)
 from .networks import keep_format, is_cuda, load_on_cpu, load_packed, repacked, stored_vae
 from .quantization import config_settings, crashing_layers, quantized_layers, repacks
 from ..errors import (DevSkyyError, FileNotFoundError, InsufficientMemoryError, MLError, ModelLoadError,
@@ -231,7 +231,7 @@ def read_network(part: Path, device: str, dtype: "torch.dtype") -> "torch.nn.Mod
     quantized = "quantization_config" in read_json(part / "config.json")
     if quantized and issubclass(cls, ModelMixin) and not is_cuda(device): network = load_on_cpu(part, dtype, None)
     elif quantized: network = load_packed(cls, part, dtype, device)
-    else: network = load_part(cls, part, dtype)
+    else: network = load_part(cls, part, dtype, device)
     check_network(network, part)
     if device == "cpu": check_runs_here(network, part)
     return network
@@ -281,7 +281,7 @@ def read_checkpoint(folder: Path,
         network = read_network(part, device, in_vae if part.name == "vae" else dtype)
         if dtype != saved and part.name != "vae": compute_in(network, dtype)
         if part.name == "vae" and not quantized_layers(network): keep_format(network, report.vae)
-        elif offload and quantized_layers(network): send_away(network)
+        elif offload and quantized_layers(network): network.to("cpu")
         networks[part.name] = network
         report.bytes_read += sum(file.stat().st_size for file in weight_files(part, saved))
     check_layers(folder, networks, about["parts"])
@@ -290,7 +290,7 @@ def read_checkpoint(folder: Path,
     report.dtype = dtype_name(dtype)
     report.checkpoint = str(folder)
     report.from_checkpoint = True
-    pipeline = load_pipeline(folder, dtype, **networks)
+    pipeline = load_pipeline(folder, dtype, device, **networks)
     bring(pipeline, device, offload)
     return protect(pipeline, report)
 

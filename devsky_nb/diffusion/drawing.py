@@ -115,8 +115,8 @@ def decode(pipeline: "StableDiffusionXLPipeline",
         if upcast: torch.nn.Module.to(vae, torch.float32)
         pixels = vae.decode(unscaled(latents.to(vae.dtype), vae), return_dict=False)[0]
         if upcast: torch.nn.Module.to(vae, stored)
-    except BaseException as e:
-        if upcast: back_to_format(vae, stored, e)
+    except BaseException:
+        if upcast: back_to_format(vae, stored)
         raise
     check_finite(pixels, "the VAE")
     if pipeline.watermark is not None: pixels = pipeline.watermark.apply_watermark(pixels)

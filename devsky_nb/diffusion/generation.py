@@ -20,7 +20,7 @@ from .arguments import ImageSettings, make_settings, own_size, refuse_unknown
 from .drawing import decode, denoise, step_down, T, tile_sides, use_tiles
 from .load import check_memory, check_pipeline_dtype, find_pipeline, folder_identity, weight_bytes
 from .metadata import GeneratedImage, with_settings
-from .networks import stored_vae
+from .networks import adapters_in_force, stored_vae
 from .progress import Callback, GenerationCancelled, Progress
 from .quantization import bnb_settings, PARTS, settings_label
 from .sdxl import load_sdxl, load_sdxl_pipeline_with_quantization_v1, refuse_mistaken
@@ -274,7 +274,8 @@ class QuantizedSDXLGenerator:
         placement = ["model offload"] if is_offloaded(pipeline) and "model offload" not in taken else []
         return asdict(settings) | self.identity | {
             "quantization": self.label, "dtype": dtype_name(pipeline.unet.dtype), "device": self.device,
-            "scheduler": type(pipeline.scheduler).__name__, "stepped_down": [*placement, *taken],
+            "scheduler": type(pipeline.scheduler).__name__, "adapters": adapters_in_force(pipeline),
+                "stepped_down": [*placement, *taken],
             "versions": {name: version(name) for name in libraries}, "software": f"devsky_nb {version('devsky_nb')}"}
 
     def _failure(self,

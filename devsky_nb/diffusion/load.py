@@ -277,9 +277,10 @@ def check_packed_vae(request: LoadRequest) -> None:
     if request.decodes == "same" and request.vae != "fp16-fix": return
     reason = f"in {dtype_name(request.dtype)} with vae={request.vae!r} it is kept or decoded in float32"
     if request.vae == "fp16-fix": reason = "with vae='fp16-fix' it is replaced"
-    raise ValidationError(f"the VAE cannot be quantized: {reason}, and quantized weights cannot be cast. Leave 'vae' out "
-                          "of the networks to quantize (2.5% of it are linear layers), or use dtype=torch.bfloat16 and "
-                          "vae='auto'", details={"dtype": dtype_name(request.dtype), "vae": request.vae})
+    raise ValidationError(f"the VAE cannot be quantized: {reason}, and quantized weights cannot be cast. Leave 'vae' "
+                          "out of the networks to quantize (2.5% of it are linear layers), or use "
+                          "dtype=torch.bfloat16 and vae='auto'",
+                          details={"dtype": dtype_name(request.dtype), "vae": request.vae})
 
 def make_request(model_id: str | Path,  # alias, "org/name" or folder
                  registry: ModelRegistry,
@@ -309,6 +310,7 @@ def build(request: LoadRequest,
           ) -> "StableDiffusionXLPipeline":
     "Load and quantize."
     by_pipeline = config is not None and request.settings and is_cuda(request.device) and not request.offload
+    waits_on = "cpu" if request.offload else request.device  # where a network is that is not quantized
     networks = {}
     left_alone = {}
     for part in weight_folders(request.folder):
@@ -318,14 +320,14 @@ def build(request: LoadRequest,
         if part.name == "vae" and not settings:
             source = request.vae_folder
             _, stored = stored_vae(source, request.dtype, request.vae)
-            networks["vae"], report.vae = load_vae(source, request.dtype, request.vae)
+            networks["vae"], report.vae = load_vae(source, request.dtype, request.vae, waits_on)
         elif not (settings and by_pipeline):
-            networks[part.name], left_alone[part.name] = load_network(part, request.dtype, settings, request.device)
-            if settings and request.offload: send_away(networks[part.name])
+            device = request.device if settings else waits_on
+            networks[part.name], left_alone[part.name] = load_network(part, request.dtype, settings, device)
+            if settings and request.offload: networks[part.name].to("cpu")  # before the next one comes
         report.bytes_read += sum(file.stat().st_size for file in weight_files(source, stored))
     if by_pipeline: pipeline = load_by_config(request, config, networks)
-    else: pipeline = load_pipeline(request.folder, request.dtype, **networks)
-    for name in request.settings: keep_whole(getattr(pipeline, name))
+    else: pipeline = load_pipeline(request.folder, request.dtype, request.device, **networks)
     bring(pipeline, request.device, request.offload)
     return finish(pipeline, request, report, left_alone)
 
@@ -333,11 +335,6 @@ def bring(pipeline: "StableDiffusionXLPipeline", device: str, offload: bool) -> 
     "Have a pipeline's networks on a device, or in main memory until their turn on it."
     if offload: pipeline.enable_model_cpu_offload(device=device)
     else: pipeline.to(device)
-
-def send_away(network: "torch.nn.Module") -> None:
-    "Bring a network that was quantized on its device to main memory, before the next one comes."
-    keep_whole(network)
-    network.to("cpu")
 
 def load_by_config(request: LoadRequest,
                    config: "PipelineQuantizationConfig",
@@ -351,9 +348,11 @@ def load_by_config(request: LoadRequest,
         raise ModelLoadError(f"{request.folder} has networks with and without fp16 files: use pattern 2, which "
                              "chooses for each", details={"variants": variants})
     with as_current(request.device):
-        return StableDiffusionXLPipeline.from_pretrained(
+        pipeline = StableDiffusionXLPipeline.from_pretrained(
             str(request.folder), quantization_config=config, dtype=request.dtype, use_safetensors=True,
             trust_remote_code=False, local_files_only=True, **variant, **networks)
+    for name in request.settings: keep_whole(getattr(pipeline, name))
+    return pipeline
 
 # %% ../../nbs/diffusion/03_load.ipynb #29d00001
 def try_layers(network: "torch.nn.Module", device: str) -> None:

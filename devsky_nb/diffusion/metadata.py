@@ -19,7 +19,8 @@ from ..errors import FileNotFoundError, ValidationError
 # %% ../../nbs/diffusion/08_metadata.ipynb #aaf6fdb2
 TEXT_FIELDS = ("prompt", "negative_prompt", "model", "revision", "fingerprint", "quantization", "dtype", "device",
                "scheduler", "software")  # written as they are
-JSON_FIELDS = ("num_inference_steps", "guidance_scale", "width", "height", "seed", "stepped_down", "versions")
+JSON_FIELDS = ("num_inference_steps", "guidance_scale", "width", "height", "seed", "adapters", "stepped_down",
+               "versions")
 
 def png_chunks(info: dict) -> PngImagePlugin.PngInfo:
     "Settings as text chunks."
@@ -79,7 +80,7 @@ def image_info(path: Path) -> dict:
 def is_setting(name: str, value: object) -> bool:
     "Whether one of `JSON_FIELDS` can have a value."
     if name == "versions": return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
-    if name == "stepped_down": return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    if name in ("adapters", "stepped_down"): return isinstance(value, list) and all(isinstance(v, str) for v in value)
     return is_integer(value) or (name == "guidance_scale" and isinstance(value, float) and isfinite(value))
 
 def read_setting(name: str, text: object) -> object:
@@ -93,6 +94,8 @@ def read_setting(name: str, text: object) -> object:
 def read_metadata(path: str | os.PathLike,  # of a PNG that a generator's image was saved to
                   ) -> dict:  # as the image's `info` was
     """Read the settings in an image's file; with them, the same model draws the same image.
+
+    `adapters` has the names of LoRAs, which have to be loaded again.
 
     Args:
         path: of a PNG that a generator's image was saved to

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TYPE_CHECKING, TypeGuard
 
 from .._core import check_choice, read_json, require
-from ..device import dtype_name, release_traceback
+from ..device import dtype_name
 from .quantization import crashing_layers, empty_network, keep_whole
 from ..errors import ModelLoadError, ValidationError
 from ..hub.load import load_errors, load_part, part_class, quiet
@@ -86,7 +86,7 @@ def load_packed(cls: Any,
     "Have a library load a network in 8 or 4 bits, on the device that was asked for."
     from transformers import PreTrainedModel
     if issubclass(cls, PreTrainedModel): options["device_map"] = {"": device}
-    with as_current(device): network = load_part(cls, part, dtype, **options)
+    with as_current(device): network = load_part(cls, part, dtype, device, **options)
     keep_whole(network)
     return network
 
@@ -99,7 +99,7 @@ def load_network(part: Path,
     import diffusers, transformers
     variant = weights_variant(part, dtype)
     cls: Any = part_class(part)
-    if not settings: return load_part(cls, part, dtype, **variant), []
+    if not settings: return load_part(cls, part, dtype, device, **variant), []
     of_diffusers = issubclass(cls, diffusers.ModelMixin)
     structure = empty_network(part)
     crashing = crashing_layers(structure, settings, device)
@@ -150,6 +150,11 @@ def active_adapters(network: "torch.nn.Module") -> dict[Any, list[str]]:  # by l
     "Which adapters each layer works with."
     layers: list[Any] = [layer for layer in network.modules() if hasattr(layer, "base_layer")]
     return {layer: list(layer.active_adapters) for layer in layers if hasattr(layer, "active_adapters")}
+
+def adapters_in_force(pipeline: object) -> list[str]:  # by name
+    "The adapters that a pipeline draws with."
+    layers = [layers for network in networks(pipeline) for layers in active_adapters(network).items()]
+    return sorted({name for layer, names in layers for name in names if not layer.disable_adapters})
 
 def drop_adapters(network: Any,
                   kept: set[str],  # names
@@ -260,13 +265,18 @@ def guard(model: object) -> None:
 # %% ../../nbs/diffusion/02_networks.ipynb #a00415c2
 def check_vae(vae: str,  # one of `VAE_MODES`
               dtype: "torch.dtype",  # of the pipeline
+              force_upcast: bool = True,  # as the VAE's config says
               ) -> None:
     "Refuse a way of decoding that the pipeline does not have."
     import torch
     check_choice("vae", vae, VAE_MODES)
-    if vae != "upcast" or dtype != torch.bfloat16: return
-    raise ValidationError("vae='upcast' needs float16: the pipeline does not upcast bfloat16. "
-                          "Use vae='fp32', or 'auto'", details={"vae": vae, "dtype": str(dtype)})
+    reason = None
+    if dtype == torch.bfloat16: reason = "the pipeline does not upcast bfloat16"
+    elif dtype == torch.float16 and not force_upcast:
+        reason = "this VAE says that it needs none (force_upcast is false)"
+    if vae != "upcast" or reason is None: return
+    raise ValidationError(f"vae='upcast' is not what the pipeline would do: {reason}. Use vae='fp32', or 'auto'",
+                          details={"vae": vae, "dtype": str(dtype), "force_upcast": force_upcast})
 
 def stored_vae(part: Path,
                dtype: "torch.dtype",  # of the pipeline
@@ -274,8 +284,8 @@ def stored_vae(part: Path,
                ) -> tuple[str, "torch.dtype"]:
     "How a VAE decodes, and the number format that its weights are kept in."
     import torch
-    check_vae(vae, dtype)
-    force_upcast = read_json(part / "config.json").get("force_upcast", True)
+    force_upcast = bool(read_json(part / "config.json").get("force_upcast", True))
+    check_vae(vae, dtype, force_upcast)
     mode = vae_mode(vae, DTYPE_NAMES[dtype_name(dtype)], force_upcast)
     stored = torch.float32 if mode == "fp32" else dtype
     return mode, stored
@@ -285,14 +295,10 @@ def match_dtype(layer: "torch.nn.Module", args: tuple) -> tuple:
     "Bring a layer's input to the format of its weights."
     return (args[0].to(layer.weight.dtype), *args[1:])
 
-def back_to_format(vae: "AutoencoderKL",
-                   dtype: "torch.dtype",
-                   error: BaseException,  # in whose course the format was changed
-                   ) -> None:
+def back_to_format(vae: "AutoencoderKL", dtype: "torch.dtype") -> None:
     "Bring all weights of a VAE back to one number format, by way of main memory: there may be no room for both."
     import torch
     if all(weight.dtype == dtype for weight in vae.parameters()): return
-    release_traceback(error)
     for place in ("cpu", dtype, vae.device): torch.nn.Module.to(vae, place)
 
 class VaeGuard:
@@ -315,8 +321,8 @@ class VaeGuard:
             kwargs.pop("dtype", None)
             if not (args or kwargs): return vae
         try: return getattr(type(vae), self.method)(vae, *args, **kwargs)
-        except BaseException as e:
-            back_to_format(vae, self.stored, e)
+        except BaseException:
+            back_to_format(vae, self.stored)
             raise
 
     def __reduce__(self) -> tuple: return VaeGuard, (self.vae(), self.method, self.stored)
@@ -329,10 +335,14 @@ def keep_format(vae: "AutoencoderKL", mode: str) -> None:  # as `stored_vae` say
     for first in (vae.post_quant_conv or vae.decoder.conv_in, vae.encoder.conv_in):
         first.register_forward_pre_hook(match_dtype)
 
-def load_vae(part: Path, dtype: "torch.dtype", vae: str) -> tuple["torch.nn.Module", str]:  # and how it decodes
+def load_vae(part: Path,
+             dtype: "torch.dtype",  # of the pipeline
+             vae: str,  # one of `VAE_MODES`
+             device: str = "cpu",  # where it will be moved
+             ) -> tuple["torch.nn.Module", str]:  # and how it decodes
     "Load the VAE that fits the pipeline's number format."
     from diffusers import AutoencoderKL
     mode, stored = stored_vae(part, dtype, vae)
-    network = load_part(AutoencoderKL, part, stored, **weights_variant(part, stored))
+    network = load_part(AutoencoderKL, part, stored, device, **weights_variant(part, stored))
     keep_format(network, mode)
     return network, mode

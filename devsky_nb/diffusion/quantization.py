@@ -196,10 +196,7 @@ def whole_layer() -> type:
             self.state.SCB = None
 
         def _apply(self, fn: Any, recurse: bool = True) -> Any:
-            self.gather()
-            scales = self.weight.SCB
             super()._apply(fn, recurse)
-            self.weight.SCB = scales  # MPS takes a new parameter, which has none
             self.gather()
             return self
 

@@ -345,7 +345,7 @@ def attempt(technique: Technique,
     return problem
 
 # %% ../../nbs/diffusion/14_speed.ipynb #14b00032
-def share(value: float) -> str:
+def one_digit(value: float) -> str:
     "A difference, in one digit."
     return f"{value:.0e}" if value else "0"
 
@@ -397,7 +397,7 @@ class Optimization:
     def _lines(self) -> list[str]:
         lines = [f"{self.pipeline} for {self.goal} on {self.device}: {len(self.applied)} of "
                  f"{len(self.applied) + len(self.skipped)} switches thrown",
-                 f"checked with {self.probe}: the output differs by {share(self.difference)} of its largest value"]
+                 f"checked with {self.probe}: the output differs by {one_digit(self.difference)} of its largest value"]
         if self.peak_before is not None and self.peak_after is not None:
             lines.append(f"expected peak: {format_bytes(self.peak_before)} before, {format_bytes(self.peak_after)} now")
         if self.budget is not None and not self.fits:
@@ -406,7 +406,7 @@ class Optimization:
         return lines
 
     def _rows(self) -> list[tuple[str, str]]:
-        applied = [(name, f"applied, difference {share(gap)}") for name, gap in self.applied.items()]
+        applied = [(name, f"applied, difference {one_digit(gap)}") for name, gap in self.applied.items()]
         return applied + [(name, f"left: {reason}") for name, reason in self.skipped.items()]
 
     def __repr__(self) -> str:
@@ -440,7 +440,7 @@ def check_places(task: Task) -> None:
     raise ValidationError(f"the networks are on {found}: move all with pipeline.to(...), or offload them",
                           details={"devices": sorted(places)})
 
-def place(generator: QuantizedSDXLGenerator) -> None:
+def place_generator(generator: QuantizedSDXLGenerator) -> None:
     "Have the networks of a generator where it draws with them."
     try: place_networks(generator._open(), generator.device, generator._offload)
     except Exception as e:
@@ -545,7 +545,7 @@ def optimize(pipeline: "DiffusionPipeline | QuantizedSDXLGenerator",  # where it
         described = f"{STEPS} steps at {task.width}×{task.height}, batch {task.batch}"
     with turns.take():
         go_back(model)
-        if isinstance(pipeline, QuantizedSDXLGenerator): place(pipeline)
+        if isinstance(pipeline, QuantizedSDXLGenerator): place_generator(pipeline)
         check_places(task)
         try: return throw_switches(task, names, techniques is not None, tolerance, probe, described)
         finally:

@@ -17,7 +17,7 @@ from ..device import detect_device, memory_info
 from ..errors import ValidationError
 from .findings import chosen_rules, Finding, Findings, Rule
 from ..hub.cache import cache_report
-from ..hub.models import lock_path, read_lock
+from ..hub.models import load_lock, lock_path, versions_of
 from ..hub.registry import default_registry, ModelRegistry, registry_for
 from ..hub.settings import cache_problems, effective, existing_folder, hub_cache
 from ..hub.verify import check_refs, verify_cache
@@ -59,6 +59,7 @@ def examine(code: str, subject: Subject) -> list[Finding]:
     "Make one check."
     check = CHECKS[code]
     try: seen = [*check.observe(subject)]
+    except ValidationError: raise  # what was given is wrong, and not the machine
     except Exception as e:
         message = f"the check of {check.rule.name} failed: {type(e).__name__}: {e}"
         seen = [Observation("error", message, "Repair what the message names; the other checks may say more")]
@@ -166,8 +167,9 @@ def cache_content(subject: Subject) -> Iterator[Observation]:
 # %% ../../nbs/doctor/16_environment.ipynb #fdfa608b
 def locked_commits(cache_dir: Path | None) -> dict[str, str]:  # commit -> alias
     "The commits that the lockfile of a cache keeps."
-    locked = read_lock(lock_path(cache_dir=cache_dir))
-    return {version["commit"]: alias for alias, versions in locked.items() for version in versions
+    path = lock_path(cache_dir=cache_dir)
+    models = load_lock(path)
+    return {version["commit"]: alias for alias in models for version in versions_of(alias, models, path)
             if version["stage"] != "archived"}
 
 @machine_check("DSK106", "pins")
@@ -338,7 +340,7 @@ def check_environment(cache_dir: str | Path | None = None,  # Hub cache; None: t
 
     Raises:
         ValidationError: `select` or `ignore` names no rule, `budget` is no size, `registry` is none or comes with a
-            `cache_dir`, or there is a `revision` and no `model`.
+            `cache_dir`, there is a `revision` and no `model`, or nothing can be planned for what `model` names.
     """
     size = None if budget is None else parse_bytes(budget)
     if registry is not None: cache_dir = registry_for(registry, cache_dir).cache_dir

@@ -603,7 +603,8 @@ class Walker:
         "What is known of an expression."
         if node is None: return Value()
         kind = type(node)
-        if kind not in self.evaluators: self.evaluators[kind] = getattr(self, f"evaluate_{kind.__name__}", self.evaluate_other)
+        if kind not in self.evaluators:
+            self.evaluators[kind] = getattr(self, f"evaluate_{kind.__name__}", self.evaluate_other)
         return self.evaluators[kind](node, scope)
 
     def evaluate_other(self, node: ast.expr, scope: Scope) -> Value:
@@ -723,7 +724,8 @@ class Walker:
             self.node = node
             managers = self.managers
             kind = type(node)
-            if kind not in self.executors: self.executors[kind] = getattr(self, f"execute_{kind.__name__}", self.execute_other)
+            if kind not in self.executors:
+                self.executors[kind] = getattr(self, f"execute_{kind.__name__}", self.execute_other)
             try: goes_on = self.executors[kind](node, scope)
             except RecursionError:
                 self.managers = managers

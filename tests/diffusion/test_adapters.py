@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from devsky_nb import _core
+from devsky_nb import _core, QuantizedSDXLGenerator
 from devsky_nb.diffusion.networks import adapters_of
 from devsky_nb.diffusion.quantization import PARTS
 from devsky_nb.diffusion.sdxl import load_sdxl_pipeline_with_quantization_v1 as load_v1
@@ -81,6 +81,21 @@ def test_a_lora_with_text_encoders_works_and_can_be_taken_away(pipeline, tmp_pat
     assert np.abs(draw(pipeline) - plain).max() < .02
 
 
+def test_an_image_names_the_loras_that_were_in_force(pipeline, tmp_path):
+    generator = QuantizedSDXLGenerator(pipeline=pipeline)
+    def named(): return generator.generate("a red dress", num_inference_steps=1, seed=1, progress=False).info["adapters"]
+    assert named() == []
+    for name in ("first", "second"):
+        pipeline.load_lora_weights(str(write_lora(pipeline, tmp_path / name, parts=["unet"])), adapter_name=name)
+    pipeline.set_adapters(["first"])
+    assert named() == ["first"]
+    pipeline.set_adapters(["second", "first"])
+    assert named() == ["first", "second"]
+    pipeline.disable_lora()
+    assert named() == []
+    pipeline.unload_lora_weights()
+
+
 def test_a_lora_of_which_nothing_fits_is_an_error(pipeline, tmp_path):
     other = write_lora(pipeline, tmp_path / "other", parts=["unet"], prefix="transformer")
     before = states(pipeline)
@@ -94,4 +109,5 @@ def test_a_lora_of_which_nothing_fits_is_an_error(pipeline, tmp_path):
 
 def test_without_peft_it_is_said_how_to_get_it(pipeline, monkeypatch):
     monkeypatch.setattr(_core, "find_spec", lambda name: None)
-    with pytest.raises(DevSkyyError, match=r"this needs peft: run pip install 'devsky_nb\[diffusion\]'"): pipeline.load_lora_weights("shop/lora")
+    with pytest.raises(DevSkyyError, match=r"this needs peft: run pip install 'devsky_nb\[diffusion\]'"):
+        pipeline.load_lora_weights("shop/lora")

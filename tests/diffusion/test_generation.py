@@ -1,5 +1,5 @@
 "QuantizedSDXLGenerator beyond its lesson: wrong arguments, seeds, failures, threads, and what a file keeps."
-import copy, gc, io, json, logging, os, pickle, resource, shutil, subprocess, sys, threading, weakref, zlib
+import copy, functools, gc, io, json, logging, os, pickle, resource, shutil, subprocess, sys, threading, weakref, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -31,8 +31,8 @@ FAST = {"num_inference_steps": 2, "guidance_scale": 5., "progress": False}
 
 
 @pytest.fixture(scope="module")
-def pipeline():
-    return load_model("tiny-sdxl", device="cpu", dtype=torch.float32)
+def pipeline(device):
+    return load_model("tiny-sdxl", device=device, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def four(cache):
-    return QuantizedSDXLGenerator("tiny-sdxl", device="cpu", dtype=torch.float32, cache_dir=cache)
+def four(cache, device):
+    return QuantizedSDXLGenerator("tiny-sdxl", device=device, dtype=torch.float32, cache_dir=cache)
 
 
 @pytest.fixture(params=["exact", "four"], scope="module")
@@ -89,8 +89,9 @@ class refusing:
 
 # the same images as the pipeline's
 
+@pytest.mark.device
 @pytest.mark.parametrize("settings", [{"negative_prompt": "blue"}, {"guidance_scale": 1., "width": 128}], ids=str)
-def test_a_image_is_the_pipelines_own(exact, pipeline, settings):
+def test_an_image_is_the_pipelines_own(exact, pipeline, settings):
     ours = exact.generate(PROMPTS[0], seed=5, **FAST | settings)
     theirs = pipeline(
         PROMPTS[0],
@@ -104,8 +105,9 @@ def test_none_and_empty_are_different_negative_prompts(exact):
     assert not same(exact.generate(PROMPTS[0], seed=5, **FAST), exact.generate(PROMPTS[0], "", seed=5, **FAST))
 
 
-def test_a_vae_in_half_precision_decodes_in_float32_and_comes_back():
-    pipeline = load_model("tiny-sdxl", device="cpu", dtype=torch.float16)
+@pytest.mark.device
+def test_a_vae_in_half_precision_decodes_in_float32_and_comes_back(device):
+    pipeline = load_model("tiny-sdxl", device=device, dtype=torch.float16)
     assert pipeline.vae.config.force_upcast
     half = QuantizedSDXLGenerator(pipeline=pipeline)
     theirs = pipeline(
@@ -124,6 +126,7 @@ def test_a_vae_in_half_precision_decodes_in_float32_and_comes_back():
 
 # seeds
 
+@pytest.mark.device
 def test_a_seed_gives_the_same_image_at_every_position(generator, alone):
     torch.manual_seed(99)
     state, order = torch.get_rng_state(), [2, 0, 1]
@@ -330,6 +333,7 @@ def test_what_fails_inside_is_told_with_its_values(four, alone):
     assert same(alone(generator)[0], generator.generate(PROMPTS[0], seed=0, **FAST))
 
 
+@pytest.mark.device
 @pytest.mark.parametrize(
     "error",
     [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("MPS backend out of memory")],
@@ -362,6 +366,7 @@ def test_a_batch_is_sliced_before_it_is_tiled(exact, alone):
     assert worst(alone(exact), sliced) <= 1
 
 
+@pytest.mark.device
 def test_a_batch_that_cannot_be_denoised_is_halved(exact, alone):
     done = []
     with refusing(
@@ -915,7 +920,7 @@ def test_a_fingerprint_is_read_once(tmp_path, monkeypatch):
 
 
 SETTINGS = {"software": "devsky_nb 1", "num_inference_steps": "3", "guidance_scale": "7.5", "width": "64", "height": "64",
-            "seed": "1", "stepped_down": "[]", "versions": "{}"}
+            "seed": "1", "adapters": "[]", "stepped_down": "[]", "versions": "{}"}
 HOSTILE = {
     "no settings": {},
     "another program": {"software": "other", "seed": "1"},
@@ -943,9 +948,10 @@ def png(*chunks):
     return data[:33] + b"".join(pieces) + data[33:]
 
 
+@functools.cache
 def packed(size):
     "Zeros that unfold to `size` bytes."
-    packer = zlib.compressobj(9)
+    packer = zlib.compressobj(1)
     return b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(size >> 20)), packer.flush()])
 
 

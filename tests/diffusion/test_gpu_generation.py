@@ -7,15 +7,14 @@ import torch
 
 from devsky_nb import QuantizedSDXLGenerator
 from devsky_nb import load_sdxl_pipeline_with_quantization_v1 as load_v1, load_sdxl_pipeline_with_quantization_v2 as load_v2
-from devsky_nb.device import release_memory
+from devsky_nb.device import is_out_of_memory, release_memory
 from devsky_nb.diffusion.drawing import decode
 from devsky_nb.diffusion.load import network_sizes, peak_warning, weight_bytes
-from devsky_nb.diffusion.networks import load_vae, stored_vae
+from devsky_nb.diffusion.networks import back_to_format, load_vae, stored_vae
 from devsky_nb.diffusion.quantization import PARTS
 from devsky_nb.diffusion.sdxl import load_sdxl
 from devsky_nb.errors import InsufficientMemoryError, ValidationError
 from devsky_nb.hub.locate import locate_model
-from devsky_nb.hub.registry import load_model, ModelRegistry
 from devsky_nb.memory.estimate import estimate_vram
 from pretended_gpu import pretended
 
@@ -24,14 +23,9 @@ FAST = {"prompt": "a red dress", "width": 64, "height": 64, "seed": 1, "num_infe
 MIB = 2**20
 
 
-@pytest.fixture(scope="module")
-def loaded():
-    return load_model("tiny-sdxl", device="cpu", dtype=torch.float16)
-
-
 @pytest.fixture
-def pipeline(loaded):
-    return copy.deepcopy(loaded)
+def pipeline(half):
+    return copy.deepcopy(half)
 
 
 def formats(vae):
@@ -65,7 +59,7 @@ def test_loader_prediction_and_warning_decide_alike_how_the_vae_decodes(dtype, s
         assert "is expected to take" in peak_warning("tiny-sdxl", TINY, dtype, {}, "cpu", peak - 1, vae)
 
 
-def test_in_bfloat16_the_vae_costs_two_levels_of_a_pixel_and_half_the_memory(loaded):
+def test_in_bfloat16_the_vae_costs_two_levels_of_a_pixel_and_half_the_memory():
     half, mode = load_vae(TINY / "vae", torch.bfloat16, "auto")
     full, _ = load_vae(TINY / "vae", torch.float32, "auto")
     latents = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -81,36 +75,43 @@ def test_in_bfloat16_the_vae_costs_two_levels_of_a_pixel_and_half_the_memory(loa
 @pytest.mark.parametrize("share", [.3, .9, 1.5])
 def test_a_vae_whose_cast_ran_out_of_memory_is_whole_again(pipeline, share):
     with pretended("cuda") as gpu:
-        pipeline.to("cuda")
-        generator = QuantizedSDXLGenerator(pipeline=pipeline, allow_step_down=False)
-        first = generator.generate(**FAST)
+        pipeline.vae.to("cuda")
         size, before = sum(weight.nbytes for weight in pipeline.vae.parameters()), [weight.clone() for weight in pipeline.vae.parameters()]
-        gpu.reset_peak()
         latents = torch.zeros(1, 4, 16, 16, dtype=torch.float16, device="cuda")
+        with torch.no_grad(): [first] = decode(pipeline, latents)
         gpu.set_limit(gpu.used() + int(share * size))
         with pytest.raises(torch.OutOfMemoryError), torch.no_grad():
             decode(pipeline, latents)
         assert formats(pipeline.vae) == {torch.float16} and {weight.device.type for weight in pipeline.vae.parameters()} == {"cuda"}
         gpu.set_limit(1 << 30)
-        assert all(torch.equal(a, b) for a, b in zip(before, pipeline.vae.parameters())) and np.array_equal(generator.generate(**FAST), first)
+        assert all(torch.equal(a, b) for a, b in zip(before, pipeline.vae.parameters()))
+        with torch.no_grad(): assert np.array_equal(decode(pipeline, latents)[0], first)
 
 
-@pytest.mark.parametrize("share", [.3, 1.5])
-def test_so_is_one_that_the_pipelines_own_call_has_cast(share, tmp_path):
+def test_a_vae_is_brought_back_where_there_is_no_room_for_a_single_tensor_more(pipeline):
+    with pretended("cuda") as gpu:
+        vae = pipeline.vae.to("cuda")
+        vae.decoder.to(torch.float32)
+        gpu.set_limit(gpu.used())
+        with pytest.raises(torch.OutOfMemoryError): vae.decoder.conv_in.to(torch.float16)
+        back_to_format(vae, torch.float16)
+        assert formats(vae) == {torch.float16} and {weight.device.type for weight in vae.parameters()} == {"cuda"}
+
+
+def test_a_vae_is_whole_again_that_the_pipelines_own_call_has_cast(tmp_path):
     with pretended("cuda") as gpu:
         pipeline = load_sdxl("tiny-sdxl", "cuda", dtype=torch.float16, cache_dir=tmp_path / "hub", offline=True)
-        decode, size = pipeline.vae.decode, sum(weight.nbytes for weight in pipeline.vae.parameters())
-        convert = pipeline.vae.to
-
-        def short(*args, **kwargs):  # of memory, from here on
-            if torch.float32 in (*args, *kwargs.values()): gpu.set_limit(gpu.used() + int(share * size))
-            return convert(*args, **kwargs)
+        decode, size, convert = pipeline.vae.decode, sum(weight.nbytes for weight in pipeline.vae.parameters()), pipeline.vae.to
         first = call(pipeline)
-        pipeline.vae.to = short
-        with pytest.raises(torch.OutOfMemoryError): call(pipeline)
-        gpu.set_limit(1 << 30)
-        pipeline.vae.to = convert
-        assert formats(pipeline.vae) == {torch.float16} and pipeline.vae.decode is decode
+        for share in (.3, 1.5):
+            def short(*args, **kwargs):  # of memory, from here on
+                if torch.float32 in (*args, *kwargs.values()): gpu.set_limit(gpu.used() + int(share * size))
+                return convert(*args, **kwargs)
+            pipeline.vae.to = short
+            with pytest.raises(torch.OutOfMemoryError): call(pipeline)
+            gpu.set_limit(1 << 30)
+            pipeline.vae.to = convert
+            assert formats(pipeline.vae) == {torch.float16} and pipeline.vae.decode is decode
         assert call(pipeline).shape == first.shape and formats(pipeline.vae) == {torch.float16}
 
 
@@ -118,7 +119,9 @@ def test_so_is_one_that_the_pipelines_own_call_has_cast(share, tmp_path):
 def test_a_vae_in_float32_stays_so_whoever_draws(kind, tmp_path):
     with pretended(kind):
         pipeline = load_sdxl("tiny-sdxl", kind, dtype=torch.float16, vae="fp32", cache_dir=tmp_path / "hub", offline=True)
-        for drawn in (call(pipeline), call(copy.deepcopy(pipeline))): assert np.isfinite(drawn).all() and drawn.std() > .01
+        twin = copy.deepcopy(pipeline)
+        for drawn in (call(pipeline), call(twin)): assert np.isfinite(drawn).all() and drawn.std() > .01
+        assert twin.vae.to(kind) is twin.vae is not pipeline.vae
         pipeline.to(torch.float16)
         assert pipeline.vae.to("cpu", torch.float16) is pipeline.vae and pipeline.vae.device.type == "cpu"
         assert formats(pipeline.vae) == {torch.float32} and formats(pipeline.unet) == {torch.float16}
@@ -133,7 +136,8 @@ def test_a_vae_that_must_be_cast_is_not_quantized(options, words, tmp_path):
         if load is load_v2:
             from diffusers import BitsAndBytesConfig
             chosen = {"quantization_config": {"vae": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")}}
-        with pytest.raises(ValidationError, match=words) as refused: load("tiny-sdxl", device="cpu", cache_dir=tmp_path / "hub", **chosen, **options)
+        with pytest.raises(ValidationError, match=words) as refused:
+            load("tiny-sdxl", device="cpu", cache_dir=tmp_path / "hub", **chosen, **options)
         assert "Leave 'vae' out" in refused.value.message and not (tmp_path / "hub-quantized").exists()
 
 
@@ -163,24 +167,25 @@ def test_room_is_looked_for_before_a_checkpoint_is_read(tmp_path, monkeypatch):
         release_memory()
         gpu.others = gpu.total - gpu.reserved() - 2 * MIB  # another program came
         monkeypatch.setattr("devsky_nb.diffusion.checkpoint.read_network", lambda *_: pytest.fail("it was read"))
-        with pytest.raises(InsufficientMemoryError, match="the weights need"): load_v1("tiny-sdxl", device="cuda", cache_dir=tmp_path / "hub", offline=True)
+        with pytest.raises(InsufficientMemoryError, match="the weights need"):
+            load_v1("tiny-sdxl", device="cuda", cache_dir=tmp_path / "hub", offline=True)
 
 
 # --- networks that wait in main memory
 
 
-@pytest.mark.parametrize("options", [{"use_quantization": False}, {}])
-def test_with_low_memory_no_more_than_one_network_is_ever_on_the_card(options, tmp_path):
+@pytest.mark.parametrize("options, label", [({"use_quantization": False}, None), ({"use_4bit": False}, "int8"),
+                                            pytest.param({}, "nf4-dq", marks=pytest.mark.slow)])
+def test_with_low_memory_no_more_than_one_network_is_ever_on_the_card(options, label, tmp_path):
     with pretended("cuda") as gpu:
         for again in (False, True):  # read or quantized now; from the checkpoint
-            label = dict.fromkeys(PARTS, "nf4-dq") if not options else {}
-            largest = weight_bytes(TINY, torch.bfloat16, label, offload=True)
+            largest = weight_bytes(TINY, torch.bfloat16, label and dict.fromkeys(PARTS, label), offload=True)
             gpu.reset_peak()
             held = gpu.used()
-            with QuantizedSDXLGenerator("tiny-sdxl", low_memory=True, cache_dir=tmp_path / "hub", offline=True, registry=None, **options) as generator:
+            with QuantizedSDXLGenerator("tiny-sdxl", low_memory=True, cache_dir=tmp_path / "hub", offline=True, **options) as generator:
                 assert gpu.peak() - held < 1.3 * largest and gpu.used() - held < MIB / 4
                 assert generator.device == "cuda:0" and generator.generate(**FAST).info["stepped_down"][0] == "model offload"
-                assert generator.pipeline.load_report.from_checkpoint is (again and not options)
+                assert generator.pipeline.load_report.from_checkpoint is (again and label is not None)
             del generator
 
 
@@ -191,28 +196,33 @@ def test_an_offloaded_pipeline_is_adopted_as_the_gpus(pipeline, way):
         if way == "sequential": pipeline.enable_sequential_cpu_offload(device="cuda:1")
         if way == "group": pipeline.enable_group_offload(torch.device("cuda:1"), offload_type="leaf_level")
         pipeline.vae.register_to_config(force_upcast=False)
-        for low_memory in (False, True):
-            generator = QuantizedSDXLGenerator(pipeline=pipeline, low_memory=low_memory)
-            assert generator.device == "cuda:1" and generator.generate(**FAST).info["device"] == "cuda:1"
+        assert QuantizedSDXLGenerator(pipeline=pipeline).device == "cuda:1"
+        generator = QuantizedSDXLGenerator(pipeline=pipeline, low_memory=True)
+        assert generator.device == "cuda:1" and generator.generate(**FAST).info["device"] == "cuda:1"
         assert gpu.peak("cuda:0") == 0
 
 
 # --- what counts as out of memory
 
 
-@pytest.mark.parametrize("kind, words", [
-    ("cuda", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    ("cuda", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
-    ("cuda", "GET was unable to find an engine to execute this computation"),
-    ("mps", "Invalid buffer size: 16.00 GiB"),
-    ("mps", "MPS backend out of memory (MPS allocated: 8.00 GiB)"),
-])
-def test_what_libraries_say_when_memory_is_out_steps_down(pipeline, kind, words, monkeypatch):
+OUT_OF_MEMORY = {"cuda": ["CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+                          "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+                          "GET was unable to find an engine to execute this computation"],
+                 "mps": ["Invalid buffer size: 16.00 GiB", "MPS backend out of memory (MPS allocated: 8.00 GiB)"]}
+
+
+@pytest.mark.parametrize("words", [words for said in OUT_OF_MEMORY.values() for words in said])
+def test_what_libraries_say_when_memory_is_out_is_known(words):
+    assert is_out_of_memory(RuntimeError(words)) and not is_out_of_memory(ValueError(words))
+
+
+@pytest.mark.parametrize("kind", OUT_OF_MEMORY)
+def test_what_libraries_say_when_memory_is_out_steps_down(pipeline, kind, monkeypatch):
     layer, failures = pipeline.vae.decoder.conv_in, []
     run = layer.forward
 
     def fails_once(x):
-        if not failures: raise failures.append(words) or RuntimeError(words)
+        if not failures: raise failures.append(1) or RuntimeError(OUT_OF_MEMORY[kind][0])
         return run(x)
     monkeypatch.setattr(layer, "forward", fails_once)
     with pretended(kind):

@@ -1,5 +1,5 @@
 "Quantized pipelines on pretended GPUs: where they are built, what moves with them, what they compute in."
-import copy, gc, pickle
+import copy, functools, gc, pickle
 
 import pytest
 import torch
@@ -39,6 +39,14 @@ def tensors(network):
         yield from layer.buffers(recurse=False)
         for holder in (getattr(layer, "state", None), *layer.parameters(recurse=False)):
             yield from (held for name in ("CB", "SCB") if isinstance(held := getattr(holder, name, None), torch.Tensor))
+
+
+@pytest.fixture(scope="module")
+def on_cpu(tmp_path_factory):
+    "The image that the CPU draws, by kind."
+    @functools.cache
+    def drawn(kind): return draw(load(tmp_path_factory.mktemp(kind), "cpu", kind), "cpu")
+    return drawn
 
 
 def places(pipeline):
@@ -119,8 +127,8 @@ def test_an_8_bit_layer_saves_loads_and_learns_as_before():
 # --- where a pipeline is built
 
 @pytest.mark.parametrize("kind, loader", [("int8", load_v1), ("nf4-dq", load_v2)])
-def test_a_quantized_pipeline_is_built_on_the_gpu_that_was_asked_for(tmp_path, kind, loader):
-    expected = draw(load(tmp_path, "cpu", kind), "cpu")
+def test_a_quantized_pipeline_is_built_on_the_gpu_that_was_asked_for(tmp_path, kind, loader, on_cpu):
+    expected = on_cpu(kind)
     with pretended("cuda", count=2) as gpu:
         pipeline = load(tmp_path, "cuda:1", kind, loader)
         assert pipeline.load_report.label == kind and pipeline.load_report.fallback is None
@@ -130,8 +138,8 @@ def test_a_quantized_pipeline_is_built_on_the_gpu_that_was_asked_for(tmp_path, k
 
 
 @pytest.mark.parametrize("machine, kind", [("cuda", "int8"), ("mps", "nf4-dq")])
-def test_beside_a_gpu_the_cpu_is_taken_where_it_was_asked_for(tmp_path, machine, kind):
-    expected = draw(load(tmp_path, "cpu", kind), "cpu")
+def test_beside_a_gpu_the_cpu_is_taken_where_it_was_asked_for(tmp_path, machine, kind, on_cpu):
+    expected = on_cpu(kind)
     with pretended(machine) as gpu:
         pipeline = load(tmp_path, "cpu", kind)
         assert places(pipeline) == {"cpu"} and torch.equal(draw(pipeline, "cpu"), expected)
@@ -197,13 +205,16 @@ def test_layers_that_load_and_cannot_run_fall_back(tmp_path, monkeypatch, kind, 
     with pretended("cuda"):
         report = load(tmp_path, "cuda", kind, fallback=True).load_report
         assert report.label == "float32" and "no kernel image" in report.fallback
+        if kind == "nf4": return  # the rest takes the same way
         with pytest.raises(ModelLoadError, match="no kernel image"): load(tmp_path, "cuda", kind)
 
 
 def test_trying_layers_leaves_them_as_they_are():
-    network = eight_bits()
+    network = eight_bits().append(Linear4bit(32, 64, compute_dtype=torch.float32, quant_type="nf4").to("cpu"))
     network.dtype = torch.float32
     keep_whole(network)
-    before = {name: value.clone() for name, value in network.state_dict().items()}
+    before, ran = {name: value.clone() for name, value in network.state_dict().items()}, []
+    for layer in network: layer.register_forward_hook(lambda layer, *_: ran.append(layer))
     try_layers(network, "cpu")
+    assert [type(layer) for layer in ran] == [type(network[0]), Linear4bit] and not {*ran} & {*network}  # copies of them
     assert all(torch.equal(network.state_dict()[name], value) for name, value in before.items())

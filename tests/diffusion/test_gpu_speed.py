@@ -1,6 +1,4 @@
 "Optimizing and placing on pretended GPUs: where memory runs out half-way, where there is no other memory, and what is compiled how often."
-import copy
-
 import numpy as np
 import pytest
 import torch
@@ -9,22 +7,12 @@ from devsky_nb import QuantizedSDXLGenerator
 from devsky_nb.diffusion.speed import Task, draw_probe, optimize
 from devsky_nb.diffusion.turns import is_offloaded
 from devsky_nb.errors import InsufficientMemoryError, ValidationError
-from devsky_nb.hub.registry import load_model, ModelRegistry
+from devsky_nb.hub.registry import ModelRegistry
 from pretended_gpu import pretended
 
 SMALL = {"width": 32, "height": 32}
 FAST = {"prompt": "a red dress", "width": 64, "height": 64, "seed": 1, "num_inference_steps": 1, "progress": False}
 MIB = 2**20
-
-
-@pytest.fixture(scope="module")
-def loaded():
-    return load_model("tiny-sdxl", device="cpu", dtype=torch.float32)
-
-
-@pytest.fixture
-def pipeline(loaded):
-    return copy.deepcopy(loaded)
 
 
 def places(pipeline):
@@ -81,13 +69,15 @@ def test_a_pipeline_of_which_a_part_stayed_on_the_cpu_is_refused(pipeline):
         gpu.set_limit(15 * MIB)
         with pytest.raises(torch.OutOfMemoryError): pipeline.to("cuda")
         gpu.set_limit(100 * MIB)
-        with pytest.raises(ValidationError, match="the networks are on cpu and cuda:0: move all with"): optimize(pipeline, probe=lambda: [1.], **SMALL)
+        with pytest.raises(ValidationError, match="the networks are on cpu and cuda:0: move all with"):
+            optimize(pipeline, probe=lambda: [1.], **SMALL)
         pipeline.unet.to("cpu"), pipeline.text_encoder_2.to("cuda")
         assert Task(pipeline).device == "cpu"  # where its denoiser is, whatever the others do
 
 
 def test_a_generator_that_offloads_is_optimized_as_it_draws():
-    with pretended("cuda") as gpu, QuantizedSDXLGenerator("tiny-sdxl", use_quantization=False, low_memory=True, registry=ModelRegistry()) as generator:
+    with pretended("cuda") as gpu, QuantizedSDXLGenerator("tiny-sdxl", use_quantization=False, low_memory=True,
+                                                          registry=ModelRegistry()) as generator:
         report = optimize(generator, "memory", **SMALL)
         assert is_offloaded(generator.pipeline) and gpu.used() < MIB and report.device == "cuda:0"
         assert report.skipped["model offload"] == "there is model offload already"

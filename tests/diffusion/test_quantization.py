@@ -23,6 +23,7 @@ from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.quantizers import quantizer_bnb_4bit, quantizer_bnb_8bit
 
+from devsky_nb import QuantizedSDXLGenerator
 from devsky_nb.device import detect_device, MemoryInfo, process_memory, release_memory
 from devsky_nb.diffusion import checkpoint, load as loading, networks, quantization
 from devsky_nb.diffusion.checkpoint import (
@@ -276,6 +277,7 @@ def run_layer(inputs, outputs):
     except Exception as e: return f"{type(e).__name__}: {e}"
 
 
+@pytest.mark.slow
 def test_such_layers_do_crash_on_such_a_processor_and_on_no_other(processes):
     assert in_process(processes, run_layer, 64, 32) is None
     for sizes in ((96, 64), (64, 48)):
@@ -1010,6 +1012,7 @@ def kill_writes(cache, points):
     return seen
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_nothing_that_counts(tmp_path, processes, usual):
     points = [3, 20, 60, "os.rename"]
     seen = in_process(processes, kill_writes, tmp_path, points)
@@ -1034,6 +1037,7 @@ def load_and_draw(barrier, queue, cache):
     queue.put((pipeline.load_report.checkpoint, pipeline.load_report.warnings, draw(pipeline).tobytes()))
 
 
+@pytest.mark.slow
 def test_processes_that_load_at_once_agree(tmp_path, processes, usual):
     barrier, queue = processes.Barrier(3), processes.Queue()
     writers = [processes.Process(target=load_and_draw, args=(barrier, queue, tmp_path)) for _ in range(3)]
@@ -1071,15 +1075,17 @@ def warned(cache):
 
 
 def warned_within(cache, limit):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return warned(cache)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try: return warned(cache)
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("kind", ["full", "read-only", "file in the way", "files too large"])
-def test_a_disk_that_takes_nothing_stops_no_load(kind, tmp_path, processes):
+def test_a_disk_that_takes_nothing_stops_no_load(kind, tmp_path):
     reason = {"full": "No space left", "read-only": "Read-only", "file in the way": "exists"}.get(kind, "too large")
     if kind == "files too large":
-        result = in_process(processes, warned_within, tmp_path, 1 << 20)
+        result = warned_within(tmp_path, 1 << 20)
     elif kind == "file in the way":
         (tmp_path/"hub-quantized").write_text("", encoding="utf-8")
         result = warned(tmp_path)
@@ -1187,6 +1193,16 @@ def test_the_vae_decodes_in_a_format_that_does_not_overflow(dtype, mode, stored,
         assert np.isfinite(image).all() and image.std() > .01
         if from_checkpoint: assert np.array_equal(image, first)
         first = image
+
+
+def test_what_a_vae_would_not_do_is_refused(tmp_path, nothing_loaded):
+    folder = shutil.copytree(TINY, tmp_path/"model")
+    config = folder/"vae"/"config.json"
+    config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"force_upcast": False}), encoding="utf-8")
+    for call in (lambda: load(tmp_path, folder, vae="upcast", dtype=torch.float16),
+                 lambda: load(tmp_path, folder, load_sdxl, vae="upcast", dtype=torch.float16),
+                 lambda: QuantizedSDXLGenerator(folder, device="cpu", vae="upcast", dtype=torch.float16)):
+        with pytest.raises(ValidationError, match="needs none .force_upcast is false.*Use vae='fp32', or 'auto'"): call()
 
 
 def test_the_vae_of_the_fix_is_taken_from_the_cache(tmp_path):

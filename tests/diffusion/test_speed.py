@@ -18,20 +18,10 @@ from devsky_nb.diffusion.speed import (BF16_CPU, CLOSE, EXACT, NAMES, TECHNIQUES
                                        optimize, predict_peak, reason_to_skip)
 from devsky_nb.diffusion.turns import turns_of
 from devsky_nb.errors import InsufficientMemoryError, MLError, ValidationError
-from devsky_nb.hub.registry import load_model, ModelRegistry
+from devsky_nb.hub.registry import ModelRegistry
 from devsky_nb.hub.weights import model_bytes
 
 SMALL = {"width": 32, "height": 32}
-
-
-@pytest.fixture(scope="module")
-def loaded(device):
-    return load_model("tiny-sdxl", device=device, dtype=torch.float32)
-
-
-@pytest.fixture
-def pipeline(loaded):
-    return copy.deepcopy(loaded)
 
 
 @pytest.fixture(scope="module")

@@ -75,23 +75,36 @@ café = diffusers.FluxPipeline.from_pretrained(x, torch_dtype="größe")
 PROGRAM = "import sys; from devsky_nb.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
-@pytest.mark.parametrize("options", [*(["--format", form] for form in REPORT_FORMATS), ["--json"], ["--diff"], ["--rules"]])
+OPTIONS = [*(["--format", form] for form in REPORT_FORMATS), ["--json"], ["--diff"], ["--rules"]]
+ALL_REPORTS = """
+import json, sys
+from pathlib import Path
+from devsky_nb.cli import main
+out, encoding, reports = Path(sys.argv[1]), sys.argv[2], json.loads(sys.argv[3])
+for number, options in enumerate(reports):
+    with open(out / f"{number}", "w", encoding=encoding) as sys.stdout: status = main(["doctor", ".", "--source", *options])
+    if status != (0 if options == ["--rules"] else 1): sys.exit(f"{options}: {status}")
+"""
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
-def test_any_report_can_be_written_to_any_terminal(options, encoding, tmp_path):
+def test_any_report_can_be_written_to_any_terminal(encoding, tmp_path):
+    out, tmp_path = tmp_path / "out", tmp_path / "shop"
+    for folder in (out, tmp_path): folder.mkdir()
     (tmp_path / "file.py").write_text(CAFE, encoding="utf-8")
     utf8_name = os.fsdecode("名.py".encode())
     (tmp_path / utf8_name).write_text("from diffusers import CLIPModel\n", encoding="utf-8")
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding}
-    command = [sys.executable, "-c", PROGRAM, "doctor", ".", "--source", *options]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True)
-    assert done.returncode == (0 if options == ["--rules"] else 1) and done.stderr == b""
-    text = done.stdout.decode(encoding)
-    if "json" in options[-1]: assert {"file.py", "名.py"} == {f["path"] for f in json.loads(text)}
-    if "sarif" in options:
-        results = json.loads(text)["runs"][0]["results"]
-        assert {"DSK020", "DSK022", "DSK040"} == {result["ruleId"] for result in results}
-    if options == ["--diff"]: assert (r"caf\xe9" if encoding == "ascii" else "café") in text
-    if options[-1] in ("text", "github"): assert (r"gr\xf6\xdfe" if encoding == "ascii" else "größe") in text
+    command = [sys.executable, "-c", ALL_REPORTS, str(out), encoding, json.dumps(OPTIONS)]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    for number, options in enumerate(OPTIONS):
+        text = (out / f"{number}").read_bytes().decode(encoding)
+        if "json" in options[-1]: assert {"file.py", "名.py"} == {f["path"] for f in json.loads(text)}
+        if "sarif" in options:
+            results = json.loads(text)["runs"][0]["results"]
+            assert {"DSK020", "DSK022", "DSK040"} == {result["ruleId"] for result in results}
+        if options == ["--diff"]: assert (r"caf\xe9" if encoding == "ascii" else "café") in text
+        if options[-1] in ("text", "github"): assert (r"gr\xf6\xdfe" if encoding == "ascii" else "größe") in text
 
 
 def test_the_c_locale_is_enough(tmp_path):
@@ -130,6 +143,12 @@ def test_exit_status(arguments, status, tmp_path, devsky):
 def test_wrong_usage_of_the_machine_checks(tmp_path, devsky):
     assert devsky("--environment", ".", cwd=tmp_path).returncode == 2
     assert devsky("--budget", "much", "--plan", "tiny-clip", "--environment", cwd=tmp_path).returncode == 2
+    (tmp_path / "model").mkdir()
+    config = {"model_type": "clip", "auto_map": {"AutoModel": "evil.Evil"}}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    for model, says in (("tiny-clap", "did you mean 'tiny-clip'?"), (tmp_path / "model", "config.json"), (tmp_path, "no model in")):
+        done = devsky("--environment", "--select", "DSK108", "--plan", model, cwd=tmp_path)
+        assert done.returncode == 2 and says in done.stderr and done.stdout == ""
 
 
 def test_streams(tmp_path, devsky):

@@ -138,8 +138,8 @@ def test_an_attack_of_small_size_ends(name, tmp_path, monkeypatch):
 MEASURE = """
 import resource, sys
 from pathlib import Path
-sys.path[:0] = [{root!r}, {here!r}]
-import test_hostile
+sys.path[:0] = [{root!r}, {tests!r}, {here!r}]
+import resident, test_hostile
 from devsky_nb.doctor.scan import scan_source
 folder = Path({folder!r})
 for name in {names!r}:
@@ -149,9 +149,9 @@ for name in {names!r}:
     del text
     before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
     scan_source(path)
-    usage = resource.getrusage(resource.RUSAGE_SELF)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
     path.unlink()
-    print(name, usage.ru_utime - before, usage.ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10), sep="|", flush=True)
+    print(name, used, resident.peak() >> 20, sep="|", flush=True)
 """
 BATCH = 11
 
@@ -161,7 +161,8 @@ BATCH = 11
 @pytest.mark.parametrize("first", range(0, len(ATTACKS), BATCH))
 def test_a_megabyte_of_an_attack_stays_within_bounds(first, size, tmp_path):
     names = [*ATTACKS][first:first + BATCH]
-    program = MEASURE.format(root=str(ROOT), here=str(Path(__file__).parent), folder=str(tmp_path), names=names, size=size)
+    here = Path(__file__).parent
+    program = MEASURE.format(root=str(ROOT), tests=str(here.parent), here=str(here), folder=str(tmp_path), names=names, size=size)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = [line.split("|") for line in done.stdout.splitlines()]
