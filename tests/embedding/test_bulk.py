@@ -626,6 +626,7 @@ def test_memory_does_not_grow_with_the_job(fork, tmp_path):
     make_images(tmp_path / "few", 300, size=(120, 150))
     make_images(tmp_path / "many", 1200, seed=1, size=(120, 150))
     assert fork.run(f"""
+sys.path.insert(0, {str(Path(__file__).parents[1])!r})
 from resident import peak
 for name in ("few", "many"):
     embed_images({str(tmp_path)!r} + "/" + name, {str(tmp_path)!r} + "/out-" + name, e, shard_rows=100)
