@@ -157,6 +157,10 @@ def configurations(folder: Path) -> Iterator[Path]:
 # %% ../../nbs/hub/08_configs.ipynb #c0f60017
 LIBRARIES = ("diffusers", "transformers")
 SAFETY_CHECKER = "StableDiffusionSafetyChecker"
+PIPELINE_PARTS = {  # that lie with a pipeline of diffusers: module and class, as an index names them -> where they are
+    ("kolors", "ChatGLMModel"): "diffusers.pipelines.kolors.text_encoder",
+    ("kolors", "ChatGLMTokenizer"): "diffusers.pipelines.kolors.tokenizer",
+    ("ltx", "LTXLatentUpsamplerModel"): "diffusers.pipelines.ltx.modeling_latent_upsampler"}
 
 def check_index(folder: Path) -> None:
     "Refuse a pipeline with parts from elsewhere than diffusers and transformers."
@@ -169,7 +173,7 @@ def check_index(folder: Path) -> None:
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or not isinstance(entry[0], str): continue
         library, cls = entry
-        if [library, cls] == ["stable_diffusion", SAFETY_CHECKER]: continue
+        if [library, cls] == ["stable_diffusion", SAFETY_CHECKER] or (library, cls) in PIPELINE_PARTS: continue
         if library not in LIBRARIES or not CLASS.fullmatch(cls):
             why = f"wants code from {library!r}: only transformers and diffusers may be used"
             raise refused(file, name, entry, why, "Choose another model")

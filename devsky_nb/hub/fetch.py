@@ -320,7 +320,8 @@ def converse(request: FetchRequest, guard: FetchGuard) -> Fetched:
     "All that is said between the Hub and us for one model."
     info = ask_commit(request, request.revision)
     offer = None
-    if request.revision == "main" and not has_safetensors(chosen_files(request, info)):
+    wants_weights = any(pattern.endswith(".safetensors") for pattern in request.patterns)
+    if wants_weights and request.revision == "main" and not has_safetensors(chosen_files(request, info)):
         offer = ask_converter(request, guard)
     if offer is not None: info = ask_commit(request, offer)
     fetch_commit(request, guard, info)

@@ -9,7 +9,7 @@ __all__ = []
 import os, shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -198,6 +198,19 @@ def fetch(spec: ModelSpec,
     if offline:
         raise not_here(spec, revision, cache_dir, "offline=True forbids fetching it")
     return download(spec, revision, cache_dir, limits=limits)
+
+# %% ../../nbs/hub/09_locate.ipynb #a17f0002
+CONFIGURATION_FILES = ("model_index.json", *(folder + name for folder in ("", "*/") for name in (
+    "config.json", "preprocessor_config.json", "tokenizer_config.json", "scheduler_config.json", "adapter_config.json")))
+CONFIGURATION_LIMITS = FetchLimits(seconds=120, bytes=16 * 2**20)
+
+def fetch_configuration(spec: ModelSpec,
+                        revision: str,
+                        cache_dir: str | Path | None,
+                        offline: bool | None,
+                        ) -> Path:  # of the snapshot
+    "Fetch a model's configuration, and no weights, unless that is forbidden."
+    return fetch(replace(spec, allow_patterns=CONFIGURATION_FILES), revision, cache_dir, offline, CONFIGURATION_LIMITS)
 
 # %% ../../nbs/hub/09_locate.ipynb #4a012388
 def wanted_revision(spec: ModelSpec, cache_dir: str | Path | None, lockfile: str | Path | None) -> str:

@@ -20,7 +20,8 @@ from .pins import COMMIT
 from .settings import absolute_path, hub_cache
 
 # %% ../../nbs/hub/06_models.ipynb #071b7efa
-KINDS = ("clip", "siglip", "sd", "sdxl", "sd3", "flux", "pixart")
+KINDS = ("clip", "siglip", "sd", "sdxl", "sd3", "flux", "pixart", "flux2", "qwen-image", "z-image", "chroma", "sana",
+         "auraflow", "cogview4", "lumina2", "wan", "ltx", "hunyuanvideo", "cogvideox")
 UNSAFE = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".h5", ".msgpack", ".py")
 CLIP_FILES = ("*.safetensors", "*.json", "merges.txt", "vocab.txt")
 SDXL_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
@@ -117,29 +118,70 @@ CLIP_MODELS = (
               license="Apache-2.0"),
 )
 
-PIPELINES = (
+IMAGE_PIPELINES = (
     ModelSpec("tiny-sdxl", "devsky_nb/tiny-sdxl", "sdxl", license="Apache-2.0", bundled=True),
     ModelSpec("sdxl-base", "stabilityai/stable-diffusion-xl-base-1.0", "sdxl", variant="fp16", license="openrail++"),
     ModelSpec("sdxl-refiner", "stabilityai/stable-diffusion-xl-refiner-1.0", "sdxl", variant="fp16",
               license="openrail++"),
+    ModelSpec("sdxl-turbo", "stabilityai/sdxl-turbo", "sdxl", variant="fp16", license="sai-nc-community"),
     ModelSpec("ssd-1b", "segmind/SSD-1B", "sdxl", variant="fp16", license="Apache-2.0"),
     ModelSpec("sd15", "stable-diffusion-v1-5/stable-diffusion-v1-5", "sd", license="creativeml-openrail-m"),
     ModelSpec("sd21", "stabilityai/stable-diffusion-2-1", "sd", license="openrail++"),
     ModelSpec("sd3-medium", "stabilityai/stable-diffusion-3-medium-diffusers", "sd3"),
     ModelSpec("sd35-medium", "stabilityai/stable-diffusion-3.5-medium", "sd3", license="stabilityai-ai-community"),
     ModelSpec("sd35-large", "stabilityai/stable-diffusion-3.5-large", "sd3", license="stabilityai-ai-community"),
+    ModelSpec("sd35-large-turbo", "stabilityai/stable-diffusion-3.5-large-turbo", "sd3",
+              license="stabilityai-ai-community"),
     ModelSpec("flux1-dev", "black-forest-labs/FLUX.1-dev", "flux", license="flux-1-dev-non-commercial-license"),
+    ModelSpec("flux1-schnell", "black-forest-labs/FLUX.1-schnell", "flux", license="Apache-2.0"),
+    ModelSpec("flux1-kontext-dev", "black-forest-labs/FLUX.1-Kontext-dev", "flux",
+              license="flux-1-dev-non-commercial-license"),
+    ModelSpec("flux1-fill-dev", "black-forest-labs/FLUX.1-Fill-dev", "flux",
+              license="flux-1-dev-non-commercial-license"),
+    ModelSpec("flux2-dev", "black-forest-labs/FLUX.2-dev", "flux2"),
+    ModelSpec("flux2-klein-4b", "black-forest-labs/FLUX.2-klein-4B", "flux2", license="Apache-2.0"),
+    ModelSpec("flux2-klein-9b", "black-forest-labs/FLUX.2-klein-9B", "flux2", license="flux-non-commercial-license"),
     ModelSpec("pixart-xl", "PixArt-alpha/PixArt-XL-2-1024-MS", "pixart", license="openrail++"),
     ModelSpec("pixart-sigma", "PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", "pixart", license="openrail++"),
+    ModelSpec("qwen-image", "Qwen/Qwen-Image", "qwen-image"),
+    ModelSpec("qwen-image-edit", "Qwen/Qwen-Image-Edit", "qwen-image", license="Apache-2.0"),
+    ModelSpec("qwen-image-edit-2509", "Qwen/Qwen-Image-Edit-2509", "qwen-image", license="Apache-2.0"),
+    ModelSpec("z-image", "Tongyi-MAI/Z-Image", "z-image", license="Apache-2.0"),
+    ModelSpec("z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", "z-image", license="Apache-2.0"),
+    ModelSpec("chroma1-hd", "lodestones/Chroma1-HD", "chroma"),
+    ModelSpec("sana-1600m", "Efficient-Large-Model/Sana_1600M_1024px_diffusers", "sana"),
+    ModelSpec("auraflow", "fal/AuraFlow-v0.3", "auraflow"),
+    ModelSpec("cogview4", "zai-org/CogView4-6B", "cogview4", license="Apache-2.0"),
+    ModelSpec("lumina2", "Alpha-VLLM/Lumina-Image-2.0", "lumina2", license="Apache-2.0"),
+)
+
+VIDEO_PIPELINES = (
+    ModelSpec("wan21-t2v-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "wan"),
+    ModelSpec("wan21-t2v-14b", "Wan-AI/Wan2.1-T2V-14B-Diffusers", "wan"),
+    ModelSpec("wan22-t2v-a14b", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "wan"),
+    ModelSpec("wan22-ti2v-5b", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan"),
+    ModelSpec("ltx-video", "Lightricks/LTX-Video", "ltx"),
+    ModelSpec("hunyuanvideo", "hunyuanvideo-community/HunyuanVideo", "hunyuanvideo"),
+    ModelSpec("cogvideox-2b", "zai-org/CogVideoX-2b", "cogvideox", license="Apache-2.0"),
+    ModelSpec("cogvideox-5b", "zai-org/CogVideoX-5b", "cogvideox"),
 )
 
 def with_files(spec: ModelSpec) -> ModelSpec:
     "A pipeline with the patterns of its files: all of SDXL's parts are known, and they have half precision."
     return replace(spec, allow_patterns=SDXL_FILES if spec.alias in ("tiny-sdxl", "sdxl-base") else PIPELINE_FILES)
 
-KNOWN = {spec.alias: spec for spec in (*CLIP_MODELS, *map(with_files, PIPELINES))}
+KNOWN = {spec.alias: spec for spec in (*CLIP_MODELS, *map(with_files, (*IMAGE_PIPELINES, *VIDEO_PIPELINES)))}
 
 # %% ../../nbs/hub/06_models.ipynb #4911dfbd
+def mistyped(asked: str, repo_ids: Iterable[str]) -> list[str]:  # the nearest first
+    "Hub ids of which one may be a slip of the pen: nearly the same model's name, and the same numbers in it."
+    names = {repo_id: repo_id.partition("/")[2] for repo_id in repo_ids}
+    model = asked.partition("/")[2]
+    alike = get_close_matches(model, names.values(), cutoff=.9)
+    versions = re.findall(r"\d+", model)
+    same = [name for name in alike if re.findall(r"\d+", name) == versions]
+    return [repo_id for name in same for repo_id in names if names[repo_id] == name]
+
 def near_names(name: str,
                known: Mapping[str, ModelSpec],
                ) -> list[str]:  # aliases, or Hub ids if `name` looks like one; the nearest first, three at most
@@ -151,7 +193,7 @@ def near_names(name: str,
     asked = name.lower()
     inside = [name for name in names if len(asked) > 2 and asked in name]
     inside.sort(key=lambda name: (not name.startswith(asked), len(name)))
-    alike = inside or get_close_matches(asked, names, cutoff=.5)
+    alike = inside or (mistyped(asked, names) if "/" in asked else get_close_matches(asked, names, cutoff=.5))
     return list(dict.fromkeys(names[name] for name in alike))[:3]
 
 def find_spec(name: str,  # alias, or "org/name"

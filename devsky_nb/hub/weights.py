@@ -203,22 +203,27 @@ def expected_bytes(folder: Path, dtype: "torch.dtype") -> int:
     return total * dtype.itemsize
 
 # %% ../../nbs/hub/03_weights.ipynb #c758067b
-def packed_bytes(shape: tuple[int, ...],  # of a linear layer's weight
-                 label: str,  # "int8", "nf4", "nf4-dq", "fp4"
-                 ) -> int:
-    """What bitsandbytes stores for a weight, its scales and tables included.
+def packed_tensors(shape: tuple[int, ...],  # of a linear layer's weight
+                   label: str,  # "int8", "nf4", "nf4-dq", "fp4"
+                   ) -> tuple[int, ...]:  # bytes of each
+    """The tensors that bitsandbytes stores for a weight: the packed one, scales and tables.
 
     In 8 bits each row has a float32 scale. In 4 bits each block of 64 weights has one, and a table of 16 float32 says
     what the 4 bits mean. Double quantization (QLoRA, Dettmers et al., 2023, section 3) keeps the scales of the blocks
     in 8 bits, with a float32 scale for each 256 of them, a table of 256 float32 and an offset.
     """
     n = prod(shape)
-    if label == "int8": return n + 4 * shape[0]
+    if label == "int8": return n, 4 * shape[0]
     blocks = ceil(n / 64)
-    scales = 4 * blocks
-    if label.endswith("-dq"): scales = blocks + 4 * ceil(blocks / 256) + 4 * 256 + 4
+    scales = (blocks, 4 * ceil(blocks / 256), 4 * 256, 4) if label.endswith("-dq") else (4 * blocks,)
     table = 4 * 16
-    return ceil(n / 2) + scales + table
+    return ceil(n / 2), *scales, table
+
+def packed_bytes(shape: tuple[int, ...],  # of a linear layer's weight
+                 label: str,  # "int8", "nf4", "nf4-dq", "fp4"
+                 ) -> int:
+    "What bitsandbytes stores for a weight, its scales and tables included."
+    return sum(packed_tensors(shape, label))
 
 # %% ../../nbs/hub/03_weights.ipynb #06d19e57
 Identity = tuple[int, int, int, int, int]  # device, inode, size, and the two times in nanoseconds
