@@ -1,16 +1,23 @@
-"""Take the traces that the package carries anew: every known model at its usual size, with and without guidance, its VAE in tiles.
+"""Take the traces that the package carries anew: every known model as it is drawn with unasked, its VAE also in tiles.
 
-usage: python tools/traces.py      (some minutes; after a change to tracing, or to a minor release of torch, transformers or diffusers)
+usage: python tools/traces.py [NAME ...]      (a quarter of an hour; after a change to tracing, or to a minor release of torch, transformers or diffusers)
+
+With names only the traces of these models are taken, where they are missing.
 """
-import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from devsky_nb.hub.models import KNOWN
-from devsky_nb.memory.configs import carried_configuration, networks_of
-from devsky_nb.memory.estimate import image_size
+from devsky_nb.memory.configs import ModelSource, carried_configuration, class_in, listed_parts, networks_of
+from devsky_nb.memory.estimate import image_size, is_distilled
 from devsky_nb.memory.inputs import Switches, Workload
 from devsky_nb.memory.traces import PACKAGED_TRACES, take_trace, trace_key, write_trace
+
+
+def has_tiles(part: Path) -> bool:
+    "Whether a pipeline's VAE can decode in tiles."
+    return hasattr(class_in(*listed_parts(part.parent)["vae"]), "enable_tiling")
 
 
 def usual(model: str) -> Iterator[tuple[Path, Workload, Switches]]:
@@ -18,20 +25,26 @@ def usual(model: str) -> Iterator[tuple[Path, Workload, Switches]]:
     folder = carried_configuration(KNOWN[model].repo_id)
     networks = networks_of(folder)
     width, height = image_size(folder, networks, None, None)
+    guidance = False if is_distilled(ModelSource(model, folder, KNOWN[model].repo_id)) else None
+    workload = Workload(width, height, 1, guidance, 0, None, ())
     for name, part in networks.items():
-        if name in ("unet", "transformer"):
-            for guidance in (True, False): yield part, Workload(width, height, 1, guidance), Switches()
-        elif name == "vae":
-            for tiling in (False, True): yield part, Workload(width, height), Switches(tiling=tiling)
-        else: yield part, Workload(0, 0), Switches()
+        yield part, workload, Switches()
+        if name == "vae" and has_tiles(part): yield part, workload, Switches(tiling=True)
+
+
+def trace_file(question: tuple[Path, Workload, Switches]) -> Path:
+    "Where the answer to a question is kept."
+    return PACKAGED_TRACES / f"{trace_key(*question)}.npz"
 
 
 if __name__ == "__main__":
-    shutil.rmtree(PACKAGED_TRACES, ignore_errors=True)
-    PACKAGED_TRACES.mkdir()
-    for model in KNOWN:
-        for question in usual(model):
-            file = PACKAGED_TRACES / f"{trace_key(*question)}.npz"
-            if not file.exists(): write_trace(take_trace(*question), file)
-    files = list(PACKAGED_TRACES.iterdir())
-    print(f"{len(files)} traces, {sum(file.stat().st_size for file in files):,} bytes")
+    PACKAGED_TRACES.mkdir(exist_ok=True)
+    if not sys.argv[1:]:
+        for file in PACKAGED_TRACES.iterdir(): file.unlink()
+    for model in sys.argv[1:] or KNOWN:
+        missing = [question for question in usual(model) if not trace_file(question).exists()]
+        for question in missing: write_trace(take_trace(*question), trace_file(question))
+        print(model, len(missing), flush=True)
+    wanted = {trace_file(question) for model in KNOWN for question in usual(model)}
+    for file in set(PACKAGED_TRACES.iterdir()) - wanted: file.unlink()
+    print(f"{len(wanted)} traces, {sum(file.stat().st_size for file in PACKAGED_TRACES.iterdir()):,} bytes")

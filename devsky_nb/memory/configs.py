@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/memory/01_configs.ipynb #79075c8d
+import re, shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from importlib.util import find_spec as find_library
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._core import read_json, require
-from ..errors import ModelLoadError, ValidationError
-from ..hub.configs import check_configs, SAFETY_CHECKER
+from .._core import check_flag, read_json, require
+from ..errors import ModelLoadError, ModelNotFoundError, ValidationError
+from ..hub.configs import check_configs, PIPELINE_PARTS, SAFETY_CHECKER
 from ..hub.load import build_network, exported, part_class, quiet
-from ..hub.locate import bundled_folder, find_source, HubSource, LocalSource, not_here, present_folder
-from ..hub.models import KNOWN, near_names
+from ..hub.locate import (bundled_folder, fetch_configuration, find_source, HubSource, LocalSource, not_here,
+                          present_folder)
+from ..hub.models import KNOWN, ModelSpec, near_names
 from ..hub.registry import ModelRegistry, registry_for
+from ..hub.settings import hub_cache
 from ..hub.weights import is_component, is_model_folder, read_index
 
 if TYPE_CHECKING: import torch
@@ -102,10 +105,15 @@ class ModelSource:
     repo: str  # what `from_pretrained` is given: a Hub id, or a folder
     revision: str | None = None  # commit, branch or tag; None: no certain one
     variant: str | None = None  # of the weight files, such as "fp16"
+    note: str | None = None  # what is to be said of where the configuration comes from
+
+FORMER_NAMES = {"runwayml/stable-diffusion-v1-5": "sd15", "THUDM/CogView4-6B": "cogview4",  # repositories that moved
+                "THUDM/CogVideoX-2b": "cogvideox-2b", "THUDM/CogVideoX-5b": "cogvideox-5b"}
 
 def carried_configuration(repo_id: str) -> Path | None:  # None: the package carries none
     "The configuration of a known model that the package carries."
-    spec = next((spec for spec in KNOWN.values() if spec.repo_id == repo_id), None)
+    named = KNOWN.get(FORMER_NAMES.get(repo_id, ""))
+    spec = named or next((spec for spec in KNOWN.values() if spec.repo_id == repo_id), None)
     if spec is None: return None
     folder = bundled_folder(spec) if spec.bundled else CONFIGS / spec.alias
     return folder if folder.exists() else None
@@ -128,17 +136,48 @@ def local_model(name: str | Path, source: LocalSource) -> ModelSource:
     raise ValidationError(f"no model in {str(folder)!r}: a model's folder has a config.json or a model_index.json",
                           details={"model": str(name)})
 
+def small_files_only(error: ModelNotFoundError, spec: ModelSpec, registry: ModelRegistry) -> ModelNotFoundError:
+    "An error that says how to fetch a model, for whoever needs its small files alone."
+    what = error.message.partition(". Fetch it with")[0]
+    command = ["hf", "download", spec.repo_id, "--include", "*.json"]
+    if registry.cache_dir != hub_cache(): command += ["--cache-dir", str(registry.cache_dir)]
+    way = shlex.join(command)
+    gated = "accept its conditions on the Hub and log in (`hf auth login`), or " if re.search("40[13]", what) else ""
+    return ModelNotFoundError(f"{what}. Remedy: {gated}fetch its small files where the Hub answers: `{way}`",
+                              details=error.details | {"remedies": [way]}, original_error=error.original_error)
+
+def fetched_configuration(source: HubSource, registry: ModelRegistry) -> Path:
+    "The configuration of a model, fetched into the Hub's cache."
+    try: folder = fetch_configuration(source.spec, source.revision, registry.cache_dir, registry.offline)
+    except ModelNotFoundError as e: raise small_files_only(e, source.spec, registry)
+    with as_input(): check_configs(folder)
+    networks_of(folder)  # all of them are described
+    return folder
+
+def nowhere(model: str, source: HubSource, registry: ModelRegistry) -> ModelNotFoundError:  # to be raised
+    "The error for a model whose configuration is neither in the cache nor in the package."
+    spec = source.spec
+    near = [name for name in near_names(model, registry.known) if name not in (spec.alias, spec.repo_id)]
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    error = not_here(spec, source.revision, registry.cache_dir, f"the package does not carry its configuration{hint}")
+    what = error.message.partition(". Fetch it with")[0]
+    command = shlex.join(["devsky", "plan", model, "--budget", "24GB", "--fetch"])
+    return ModelNotFoundError(f"{what}. fetch=True, or `{command}`, fetches its small files, and no weights",
+                              details=error.details | {"remedies": [command]})
+
 def find_model(model: str | Path,  # alias, Hub id or folder
                registry: ModelRegistry | None = None,  # None: the default one
                revision: str | None = None,  # branch, tag or commit; None: as the registry says
+               fetch: bool = False,  # ask the Hub for the small files of a model that is not here
                ) -> ModelSource:
-    """Find a model's configuration, without the network.
+    """Find a model's configuration; the network is asked only with `fetch`, and never for weights.
 
     Raises:
         ValidationError: no such alias or folder, a revision of a model that has none, or a configuration that cannot be
             read, names code, or describes a network that cannot be.
-        ModelNotFoundError: neither the cache nor the package has the configuration.
+        ModelNotFoundError: neither the cache nor the package has the configuration, or it could not be fetched.
     """
+    check_flag("fetch", fetch)
     registry = registry_for(registry)
     source = find_source(model, registry.known, registry.cache_dir, registry.lockfile, revision)
     if isinstance(source, LocalSource):
@@ -150,12 +189,13 @@ def find_model(model: str | Path,  # alias, Hub id or folder
     if folder is not None:
         with as_input(): check_configs(folder)
     if folder is None and revision is None: folder = carried_configuration(spec.repo_id)
-    if folder is not None:
-        certain = None if source.revision == "main" else source.revision
-        return ModelSource(str(model), folder, spec.repo_id, certain, spec.variant)
-    near = [name for name in near_names(str(model), registry.known) if name not in (spec.alias, spec.repo_id)]
-    hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise not_here(spec, source.revision, registry.cache_dir, f"the package does not carry its configuration{hint}")
+    note = None
+    if folder is None and fetch:
+        folder = fetched_configuration(source, registry)
+        note = f"its configuration was fetched from the Hub (commit {folder.name[:8]}), and no weights"
+    if folder is None: raise nowhere(str(model), source, registry)
+    certain = None if source.revision == "main" else source.revision
+    return ModelSource(str(model), folder, spec.repo_id, certain, spec.variant, note)
 
 # %% ../../nbs/memory/01_configs.ipynb #5a1d7f08
 def config_folder(model: str | Path,  # alias, Hub id or folder
@@ -166,9 +206,7 @@ def config_folder(model: str | Path,  # alias, Hub id or folder
     return find_model(model, registry, revision).folder
 
 # %% ../../nbs/memory/01_configs.ipynb #b4dd0e56
-ENCODERS = {"clip": "CLIPModel", "siglip": "SiglipModel", "clip_text_model": "CLIPTextModel",  # by `model_type`
-            "clip_vision_model": "CLIPVisionModel", "t5": "T5EncoderModel"}
-WITH_PROJECTION = ("CLIPTextModelWithProjection", "CLIPVisionModelWithProjection")
+TEXT_ALONE = {kind: f"{name}EncoderModel" for kind, name in (("t5", "T5"), ("mt5", "MT5"), ("umt5", "UMT5"))}
 CHECKER_MODULE = "diffusers.pipelines.stable_diffusion.safety_checker"
 
 def class_in(module: str, name: str) -> Any:  # a class
@@ -184,7 +222,16 @@ def listed_class(part: Path) -> Any:  # None: the folder is no part of a pipelin
     listed = listed_parts(part.parent).get(part.name)
     if not isinstance(listed, list) or not all(listed): return None
     if listed[1] == SAFETY_CHECKER: return class_in(CHECKER_MODULE, SAFETY_CHECKER)
+    if tuple(listed) in PIPELINE_PARTS: return class_in(PIPELINE_PARTS[tuple(listed)], listed[1])
     return part_class(part)
+
+def class_for_type(part: Path, kind: object) -> Any:  # a class
+    "The class of transformers for a `model_type`; of a T5 only its encoder is used."
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
+    name = TEXT_ALONE.get(kind) or MODEL_MAPPING_NAMES.get(kind) if isinstance(kind, str) else None
+    if isinstance(name, str): return class_in("transformers", name)
+    raise ValidationError(f"a model of type {kind!r:.60} is not supported: transformers has no class for it",
+                          details={"folder": str(part), "model_type": kind})
 
 def own_class(part: Path) -> Any:  # a class
     "The class that a network's own configuration names."
@@ -193,19 +240,13 @@ def own_class(part: Path) -> Any:  # a class
     if SAFETY_CHECKER in architectures: return class_in(CHECKER_MODULE, SAFETY_CHECKER)
     if config.get("_class_name"): return class_in("diffusers", config["_class_name"])  # as diffusers writes it
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in ENCODERS:
-        raise ValidationError(f"a model of type {kind!r:.60} is not supported: {', '.join(ENCODERS)} are, and the "
-                              "networks of diffusers", details={"folder": str(part), "model_type": kind})
-    named = next((name for name in architectures if name in (*ENCODERS.values(), *WITH_PROJECTION)), ENCODERS[kind])
-    return class_in("transformers", named)
+    require("transformers")
+    projected = [name for name in architectures if name in exported("transformers") and "WithProjection" in name]
+    return class_in("transformers", projected[0]) if projected else class_for_type(part, kind)
 
 def network_class(part: Path) -> Any:  # a class
     "The class of a network, of diffusers or transformers."
-    cls = listed_class(part) or own_class(part)
-    kind = getattr(getattr(cls, "config_class", None), "model_type", None)
-    if hasattr(cls, "load_config") or kind in ENCODERS or cls.__name__ == SAFETY_CHECKER: return cls
-    raise ValidationError(f"a {cls.__name__} is not supported: as encoders {', '.join(ENCODERS)} are",
-                          details={"folder": str(part), "class": cls.__name__})
+    return listed_class(part) or own_class(part)
 
 # %% ../../nbs/memory/01_configs.ipynb #5a1d7e07
 def meta(*shape: int, dtype: "torch.dtype | None" = None) -> "torch.Tensor":

@@ -92,7 +92,11 @@ def attention_result(query: "torch.Tensor", key: "torch.Tensor", value: "torch.T
 
 def textbook_attention(query: "torch.Tensor", key: "torch.Tensor", value: "torch.Tensor",
                        *rest: object, **options: object) -> "torch.Tensor":
-    "Attention with all its scores in memory."
+    "Attention with all its scores in memory; of grouped queries each has a key of its own."
+    groups = query.shape[-3] // key.shape[-3] if query.dim() > 3 else 1
+    if groups > 1:
+        key = key.repeat_interleave(groups, -3)
+        value = value.repeat_interleave(groups, -3)
     return (query @ key.transpose(-2, -1)).softmax(-1) @ value
 
 # %% ../../nbs/memory/02_tracing.ipynb #610fc2f9
@@ -128,6 +132,36 @@ class MetaResults(dict):
         if not is_view: self[key] = (out.shape, out.stride(), out.dtype)
         return out
 
+# %% ../../nbs/memory/02_tracing.ipynb #b17a0001
+def without_content(values: Any) -> Any:  # the same nest
+    "A nest of tensors, all on the meta device."
+    import torch
+
+    def lose(value: Any) -> Any:
+        is_known = isinstance(value, torch.Tensor) and not value.is_meta
+        return torch.empty_like(value, device="meta") if is_known else value
+    return torch.utils._pytree.tree_map(lose, values)
+
+def rows_of_masks(indices: Sequence[Any]) -> list:
+    "Where known masks are true, as numbers: what they choose has a known size."
+    import torch
+    found: list = []
+    for index in indices:
+        is_mask = isinstance(index, torch.Tensor) and not index.is_meta and index.dtype == torch.bool
+        found += index.nonzero(as_tuple=True) if is_mask else [index]
+    return found
+
+def settle(op: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    "The arguments of an operation, known and unknown ones in agreement."
+    import torch
+    unknown = [tensor.is_meta for tensor in tensors_in((args, kwargs))]
+    if op.overloadpacket is torch.ops.aten._to_copy and not any(unknown):
+        dtype = kwargs.get("dtype") or args[0].dtype
+        if not dtype.is_floating_point: kwargs = {name: value for name, value in kwargs.items() if name != "device"}
+    if all(unknown) or not any(unknown): return args, kwargs
+    if op.overloadpacket is torch.ops.aten.index: args = (args[0], rows_of_masks(args[1]))
+    return without_content(args), without_content(kwargs)
+
 # %% ../../nbs/memory/02_tracing.ipynb #f61f4b12
 @contextmanager
 def recording(recorder: Recorder, attention: str) -> Iterator[None]:
@@ -139,16 +173,28 @@ def recording(recorder: Recorder, attention: str) -> Iterator[None]:
     attend = attention_result if attention == "sdpa" else textbook_attention
     noted = {torch.ops.aten.convolution: CONV, torch.ops.aten.addmm: LINEAR, torch.ops.aten.mm: LINEAR}
     results = MetaResults()
+    autocast = torch.autocast
+
+    class Autocast(torch.autocast):  # it knows no meta device
+        def __init__(self, device_type: str, *args: Any, **options: Any):
+            super().__init__("cpu" if device_type == "meta" else device_type, *args, **options)
 
     class Attention(TorchFunctionMode):
         def __torch_function__(self, function: Callable, types: Any, args: tuple = (),
                                kwargs: dict | None = None) -> Any:
+            kwargs = kwargs or {}
+            if function is torch.tensor and kwargs.get("device") is not None:
+                known = function(*args, **kwargs | {"device": "cpu"})
+                if not known.is_floating_point(): return known  # a size, which the code may look at
             called = attend if function is fused else function
-            return called(*args, **(kwargs or {}))
+            return called(*args, **kwargs)
 
     class Births(TorchDispatchMode):
         def __torch_dispatch__(self, op: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-            out = results.run(op, args, kwargs or {})
+            args, kwargs = settle(op, args, kwargs or {})
+            if op.overloadpacket is torch.ops.aten.bincount and args[0].is_meta:
+                return torch.tensor([args[0].numel()])  # as if one expert took all: the most that it can be
+            out = results.run(op, args, kwargs)
             for tensor in tensors_in(out): recorder.born(tensor)
             kind = noted.get(op.overloadpacket)
             if kind is not None:
@@ -156,7 +202,10 @@ def recording(recorder: Recorder, attention: str) -> Iterator[None]:
                 recorder.events.append((kind, recorder.layer, operand.nbytes, out.nbytes, out.dtype == torch.bfloat16))
             return out
 
-    with torch.no_grad(), Attention(), Births(): yield
+    torch.autocast = Autocast  # type: ignore[misc]
+    try:
+        with torch.no_grad(), Attention(), Births(): yield
+    finally: torch.autocast = autocast  # type: ignore[misc]
 
 # %% ../../nbs/memory/02_tracing.ipynb #95785730
 @dataclass(frozen=True, eq=False)
@@ -188,12 +237,14 @@ def trace_call(network: "torch.nn.Module",
                call: Callable[[], object],  # runs the network on meta tensors
                inputs: Sequence["torch.Tensor"] = (),  # they live all the time
                attention: str = "sdpa",
+               seen: Callable[[Any], object] | None = None,  # is given the result
                ) -> Trace:
     "Record one call."
     recorder = Recorder(network)
     for tensor in inputs: recorder.born(tensor)
     with watch_layers(network, recorder), recording(recorder, attention): result = call()
     recorder.open = False
+    if seen is not None: seen(result)
     del result
     return Trace(*(np.array(column) for column in zip(*recorder.events)))
 
@@ -212,7 +263,8 @@ def quantizable(network: "torch.nn.Module") -> set[str]:
     "Names of the layers that bitsandbytes packs."
     import torch
     from transformers import PreTrainedModel
-    linear = {name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear)}
+    linear = {name for name, module in network.named_modules()
+              if isinstance(module, torch.nn.Linear) and ".lora_" not in name}
     if not isinstance(network, PreTrainedModel): return linear
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module

@@ -11,8 +11,8 @@ from devsky_nb.hub.load import quiet
 from devsky_nb.hub.locate import bundled_folder
 from devsky_nb.hub.models import KNOWN
 from devsky_nb.memory import inputs, traces
-from devsky_nb.memory.configs import CONFIGS, config_folder, find_model, meta
-from devsky_nb.memory.estimate import QUANTS
+from devsky_nb.memory.configs import CONFIGS, config_folder, find_model, meta, pipeline_kind
+from devsky_nb.memory.formats import check_format, QUANTS
 from devsky_nb.memory.inputs import Switches, Workload
 from devsky_nb.memory.plan import PlanOption
 from devsky_nb.memory.traces import take_trace
@@ -67,7 +67,7 @@ def test_every_model_is_estimated(model):
 
 
 @pytest.mark.parametrize("options, gib", [
-    ({}, 10.47), ({"batch": 4}, 21.72), ({"dtype": "fp32", "batch": 4}, 28.09), ({"dtype": "bf16", "vae": "fp16-fix"}, 8.33)])
+    ({}, 10.47), ({"batch": 4}, 21.72), ({"dtype": "fp32", "batch": 4}, 28.09), ({"controlnet": True}, 12.861)])
 def test_published_figures_of_sdxl(options, gib):
     assert abs(estimate_vram("sdxl-base", **options).peak_allocated / GIB / gib - 1) < .02
 
@@ -87,13 +87,15 @@ def test_a_trace_serves_every_other_configuration(monkeypatch):
     for quant in QUANTS:
         for dtype in ("fp16", "bf16", "fp32"):
             for offload in (None, "model", "sequential", "group"):
-                estimate_vram("sdxl-base", dtype, quant, offload=offload, width=512)
+                try: check_format(quant, dtype, "cuda", offload)
+                except ValidationError: continue
+                if not (quant or "").startswith("gguf") or dtype == "bf16": estimate_vram("sdxl-base", dtype, quant, offload=offload, width=512)
 
 
 @pytest.mark.parametrize("options, said", [
     ({"model": "sdxl-bsae"}, "did you mean 'sdxl-base'"), ({"model": None}, "expected an alias"), ({"model": ""}, "Known are"),
     ({"model": 7}, "expected an alias"), ({"model": "/nowhere"}, "no model '/nowhere'"), ({"dtype": "float16"}, "fp32, fp16, bf16"),
-    ({"quant": "int4"}, "int8, nf4, nf4-dq, fp4"), ({"offload": "disk"}, "model, sequential, group"), ({"vae": "tiny"}, "fp16-fix"),
+    ({"quant": "int4"}, "int8, nf4, nf4-dq, fp4"), ({"offload": "disk"}, "model, sequential, group"), ({"vae": "huge"}, "fp16-fix"),
     ({"attention": "flash"}, "sdpa, math, sliced"), ({"device": "tpu"}, "cuda, mps, cpu"),
     *[({"width": width}, "a multiple of 8 from 8 to 8192") for width in (1001, -8, 80000, "1024", 1024., True)],
     ({"height": -8}, "height=-8: expected a multiple of 8"),
@@ -103,7 +105,7 @@ def test_a_trace_serves_every_other_configuration(monkeypatch):
     ({"quant": "nf4", "quant_components": ["unnet"]}, "did you mean 'unet'"),
     ({"without": "vae"}, "a list of components"), ({"without": ["nsfw"]}, "There are"),
     ({"without": ["unet", "vae", "text_encoder", "text_encoder_2"]}, "nothing of sdxl-base is left"),
-    ({"vae_tiling": "yes"}, "True or False"), ({"guidance": None}, "True or False"), ({"calibration": 1}, "a Calibration"),
+    ({"vae_tiling": "yes"}, "True or False"), ({"guidance": "yes"}, "True or False"), ({"calibration": 1}, "a Calibration"),
     ({"device": "cpu", "offload": "model"}, "on cpu use None"), ({"revision": ""}, "a branch, a tag or a commit"),
     ({"model": "tiny-sdxl", "revision": "main"}, "has no revisions"), ({"registry": "hub"}, "expected a ModelRegistry")])
 def test_bad_input_is_named(options, said):
@@ -299,7 +301,7 @@ def test_plans_are_ranked_fit_and_run():
         plan = plan_vram("sdxl-base", budget, top=99)
         assert [o.rank for o in plan.options] == sorted(o.rank for o in plan.options)
         for o in plan.options:
-            assert o.estimate.peak_allocated * 1.05 <= plan.budget and o.margin > 0
+            assert o.estimate.needed <= plan.budget and o.margin > 0
             assert not any(other.beats(o) for other in plan.options if other is not o)
             compile(o.code, "plan", "exec")
     assert plan_vram("sdxl-base", "24GB").best.estimate.setup.offload is None
@@ -339,19 +341,25 @@ def test_the_code_for_a_refiner_runs_with_an_image(tmp_path, monkeypatch):
     assert scope["images"][0].size == (64, 64)
 
 
-def test_code_names_what_each_pipeline_takes():
+KINDS = {pipeline_kind(CONFIGS / model): model for model in sorted(KNOWN) if (CONFIGS / model / "model_index.json").exists()}
+
+
+@pytest.mark.parametrize("model", [pytest.param(model, marks=[] if model == "sdxl-turbo" else pytest.mark.slow) for model in KINDS.values()])
+def test_code_names_what_each_pipeline_takes(model):
+    "One model of each class, with all that it can be drawn without."
     from inspect import signature
     import ast, diffusers
-    for model in [m for m in KNOWN if (CONFIGS / m / "model_index.json").exists()]:
-        for without in ([], [n for n in ("safety_checker", "text_encoder_3") if n in estimate_vram(model).by_component]):
-            for option in plan_vram(model, "80GB", top=99, guidance=False, without=without).options:
-                tree, kind = ast.parse(option.code), getattr(diffusers, option.estimate.traced.kind)
-                calls = {ast.unparse(n.func): {k.arg for k in n.keywords} for n in ast.walk(tree) if isinstance(n, ast.Call)}
-                assert calls["pipeline"] <= set(signature(kind.__call__).parameters)
-                loading = {"dtype", "revision", "variant", "use_safetensors", "quantization_config"}
-                loaded = calls["DiffusionPipeline.from_pretrained"] - loading
-                assert loaded <= set(signature(kind.__init__).parameters)
-                for name in calls: assert not name.startswith("pipeline.enable") or hasattr(kind, name.partition(".")[2])
+    parts = estimate_vram(model).by_component
+    for without in ([], [name for name in ("safety_checker", "text_encoder_3") if name in parts]):
+        for option in plan_vram(model, "80GB", top=99, guidance=False, without=without).options:
+            tree, kind = ast.parse(option.code), getattr(diffusers, option.estimate.traced.kind)
+            calls = {ast.unparse(n.func): {k.arg for k in n.keywords} for n in ast.walk(tree) if isinstance(n, ast.Call)}
+            assert calls["pipeline"] <= set(signature(kind.__call__).parameters)
+            loading = {"dtype", "revision", "variant", "use_safetensors", "quantization_config", "device_map"}
+            loaded = calls["DiffusionPipeline.from_pretrained"] - loading
+            assert loaded <= set(signature(kind.__init__).parameters)
+            for name in calls: assert not name.startswith("pipeline.enable") or hasattr(kind, name.partition(".")[2])
+        if not parts.keys() & {"safety_checker", "text_encoder_3"}: break
 
 
 def test_group_offload_is_not_planned_with_a_vae_that_is_cast():
@@ -362,7 +370,7 @@ def test_group_offload_is_not_planned_with_a_vae_that_is_cast():
 def test_the_command(capsys):
     assert main(["plan", "tiny-sdxl", "--budget", "100MB", "--device", "cpu", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["fits"]
-    assert main(["plan", "tiny-sdxl", "--budget", "70MB"]) == 1 and "nothing fits" in capsys.readouterr().out
+    assert main(["plan", "tiny-sdxl", "--budget", "70MB", "--width", "512", "--height", "512"]) == 1 and "nothing fits" in capsys.readouterr().out
     assert main(["plan", "sdlx-base", "--budget", "8GB"]) == 2 and "did you mean 'sdxl-base'" in capsys.readouterr().err
 
 
@@ -387,9 +395,10 @@ def with_settings(folder, settings, *parts, alias="sdxl-base"):
 def test_weights_that_are_packed_in_the_files_are_counted_so(label, tmp_path):
     own = estimate_vram(with_settings(tmp_path / "m", {"quant_method": "bitsandbytes"} | BITS[label], "unet"))
     asked = estimate_vram("sdxl-base", quant=label, quant_components=["unet"])
-    assert own.loaded == asked.loaded and own.by_phase["denoise"] == asked.by_phase["denoise"]
-    assert own.by_component == asked.by_component and f"unet is {label} already" in str(own)
-    assert own.by_phase["load"] <= asked.by_phase["load"] < estimate_vram("sdxl-base").by_phase["load"]
+    assert abs(own.loaded / asked.loaded - 1) < .02 and f"unet is {label} already" in str(own)  # blocks lie otherwise
+    assert abs(own.by_phase["denoise"] / asked.by_phase["denoise"] - 1) < .02
+    assert all(abs(size / asked.by_component[name] - 1) < .03 for name, size in own.by_component.items())
+    assert own.by_phase["load"] <= 1.01 * asked.by_phase["load"] < 1.01 * estimate_vram("sdxl-base").by_phase["load"]
     texts = estimate_vram(tmp_path / "m", quant="nf4")  # the others can be quantized still
     assert texts.by_component["unet"] == own.by_component["unet"]
     assert texts.by_component["text_encoder"] < own.by_component["text_encoder"]
@@ -431,32 +440,119 @@ def test_what_cannot_be_counted_is_refused_by_its_name(what, tmp_path):
         assert "unet" in str(caught.value) and (what not in ("gptq", "torchao", "awq") or what in str(caught.value))
 
 
+def as_pipeline(folder, kind):
+    "A folder whose index names another pipeline."
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) | {"_class_name": kind}
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize("alias,kind", [
-    ("flux1-dev", "FluxKontextPipeline"), ("flux1-dev", "FluxFillPipeline"), ("sd15", "StableDiffusionControlNetPipeline"),
-    ("sdxl-base", "StableDiffusionXLInstructPix2PixPipeline"), ("sd3-medium", "StableDiffusion3InpaintPipeline"),
-    ("sdxl-base", "StableVideoDiffusionPipeline"), ("sdxl-base", "StableDiffusionXLPAGPipeline")])
-def test_a_pipeline_whose_memory_is_not_known_is_refused(alias, kind, tmp_path):
-    folder = with_settings(tmp_path / "m", None, alias=alias)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) | {"_class_name": kind}
-    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-    for ask in (lambda: estimate_vram(folder), lambda: plan_vram(folder, "24GB")):
-        with pytest.raises(ValidationError, match=f"what a {kind} takes is not known"): ask()
-    denoiser = folder / ("unet" if (folder / "unet").exists() else "transformer")
-    assert estimate_vram(denoiser).loaded > 2**30
-
-
-@pytest.mark.parametrize("alias,kind", [("sdxl-base", "StableDiffusionXLImg2ImgPipeline"),
-                                        ("sdxl-base", "StableDiffusionXLInpaintPipeline"),
-                                        ("sd15", "StableDiffusionInpaintPipeline")])
-def test_a_pipeline_that_begins_with_an_image_says_how_it_is_counted(alias, kind, tmp_path):
-    folder = with_settings(tmp_path / "m", None, alias=alias)
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8")) | {"_class_name": kind}
-    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    ("sd15", "StableDiffusionControlNetPipeline"), ("sd15", "NoSuchPipeline"), pytest.param("flux1-dev", "FluxFillPipeline", marks=SLOW),
+    pytest.param("sdxl-base", "StableDiffusionXLInstructPix2PixPipeline", marks=SLOW),
+    pytest.param("sdxl-base", "StableVideoDiffusionPipeline", marks=SLOW)])
+def test_a_pipeline_that_cannot_be_played_through_says_so(alias, kind, tmp_path):
+    folder = as_pipeline(with_settings(tmp_path / "m", None, alias=alias), kind)
     found = estimate_vram(folder)
-    assert f"a {kind} is counted as text-to-image" in str(found) + found._repr_html_()
-    assert f"a {kind} is counted as text-to-image" in json.dumps(found.to_dict())
-    code = plan_vram(folder, "24GB").best.code
-    assert ("mask_image=" in code) == ("Inpaint" in kind) and 'image=load_image("image.png")' in code
+    assert found.traced.lower_bound and found.peak_allocated > found.loaded > 2**30
+    assert "the peak is a lower bound" in str(found) and "the peak is a lower bound" in json.dumps(found.to_dict())
+
+
+@pytest.mark.parametrize("alias,kind,runs", [
+    ("sd15", "StableDiffusionInpaintPipeline", "vae.encode"), ("flux1-dev", "FluxKontextPipeline", "vae.encode"),
+    pytest.param("sdxl-base", "StableDiffusionXLImg2ImgPipeline", "vae.encode", marks=SLOW),
+    pytest.param("sdxl-base", "StableDiffusionXLInpaintPipeline", "vae.encode", marks=SLOW),
+    pytest.param("sdxl-base", "StableDiffusionXLPAGPipeline", "unet", marks=SLOW)])
+def test_a_pipeline_is_counted_as_what_it_is(alias, kind, runs, tmp_path):
+    plain = estimate_vram(alias)
+    found = estimate_vram(as_pipeline(with_settings(tmp_path / "m", None, alias=alias), kind))
+    assert runs in found.traced.runs and not found.traced.lower_bound and found.traced.size == plain.traced.size
+    drawn = {name: e.by_phase["denoise"] - e.loaded for name, e in (("plain", plain), ("found", found))}
+    takes_more = kind in ("FluxKontextPipeline", "StableDiffusionXLPAGPipeline")  # an image's tokens, a third prompt
+    assert (drawn["found"] > 1.4 * drawn["plain"]) == takes_more
+
+
+@SLOW
+@pytest.mark.parametrize("alias,tokens", [("pixart-sigma", 300), ("flux1-dev", 512), ("sd3-medium", 256), ("auraflow", 256), ("chroma1-hd", 512)])
+def test_how_long_a_prompt_is_the_pipeline_says(alias, tokens):
+    from devsky_nb.memory.rehearsal import rehearse
+    played = rehearse(config_folder(alias), Workload(512, 512))
+    calls = [played.given(name)[0] for name in played.networks if name.startswith("text_encoder")]
+    lengths = {(call.args or [call.kwargs.get("input_ids")])[0]["shape"][-1] for call in calls}
+    assert tokens in lengths, lengths
+
+
+@pytest.mark.parametrize("alias", ["sdxl-turbo", pytest.param("flux1-schnell", marks=SLOW), pytest.param("z-image-turbo", marks=SLOW)])
+def test_distilled_models_run_without_guidance(alias):
+    usual, doubled = estimate_vram(alias), estimate_vram(alias, guidance=True)
+    assert "counted without guidance" in str(usual) and "counted without guidance" not in str(doubled)
+    assert usual.by_phase["denoise"] == estimate_vram(alias, guidance=False).by_phase["denoise"]
+    assert (doubled.by_phase["denoise"] > usual.by_phase["denoise"]) == (alias != "flux1-schnell")
+
+
+def test_a_folder_that_is_named_as_a_distilled_model_is_one(tmp_path):
+    own = config_folder("tiny-sdxl")
+    turbo = shutil.copytree(own, tmp_path / "fabric-sdxl-lightning", ignore=shutil.ignore_patterns("*.safetensors"))
+    peaks = [estimate_vram(model, **options).by_phase["denoise"] for model, options in ((turbo, {}), (own, {"guidance": False}), (own, {}))]
+    assert peaks[0] == peaks[1] < peaks[2]
+
+
+@pytest.mark.parametrize("options, words", [
+    ({"frames": 32}, "33 frames"), ({"frames": 0}, "frames"), ({"width": 830, "height": 480}, "divisible by 16"), ({"width": 832}, "give both")])
+def test_a_video_that_would_be_another_one_is_refused(options, words):
+    with pytest.raises(ValidationError, match=words): estimate_vram("wan21-t2v-1.3b", **options)
+
+
+@SLOW
+def test_frames_of_a_video_are_counted():
+    few, many = (estimate_vram("wan21-t2v-1.3b", dtype="bf16", frames=frames) for frames in (17, 81))
+    assert (few.traced.frames, many.traced.frames, many.traced.size) == (17, 81, (832, 480))
+    assert few.by_phase["denoise"] < many.by_phase["denoise"] and few.by_phase["decode"] < many.by_phase["decode"]
+    with pytest.raises(ValidationError, match="would draw one image"): estimate_vram("sdxl-base", frames=9)
+
+
+@SLOW
+def test_what_is_added_to_a_pipeline_is_counted():
+    plain = estimate_vram("sdxl-base")
+    control, lora, tiny = (estimate_vram("sdxl-base", **added) for added in ({"controlnet": True}, {"lora": 64}, {"vae": "tiny"}))
+    assert abs(control.by_component["controlnet"] / 2**30 - 2.33) < .05 and "controlnet" in control.traced.runs  # 1.25 G parameters
+    assert 0 < lora.loaded - plain.loaded < 2**28 and tiny.by_component["vae"] < 2**24
+    packed = estimate_vram("sdxl-base", lora=64, quant="nf4"), estimate_vram("sdxl-base", quant="nf4")
+    assert abs((packed[0].loaded - packed[1].loaded) / (lora.loaded - plain.loaded) - 1) < .02  # a LoRA is not packed
+    with pytest.raises(ValidationError, match="for models with a UNet"): estimate_vram("flux1-dev", controlnet=True)
+    with pytest.raises(ValidationError, match="no TinyVAE"): estimate_vram("wan21-t2v-1.3b", vae="tiny")
+
+
+ENCODERS = {
+    "bert": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "vit": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64},
+    "dinov2": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}, "dinov3_vit": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2},
+    "siglip": {}, "siglip2": {}, "siglip_vision_model": {}, "umt5": {"num_layers": 1, "d_model": 64}, "roberta": {"num_hidden_layers": 1},
+    "gemma2": {"num_hidden_layers": 1}, "qwen3": {"num_hidden_layers": 1}, "llama": {"num_hidden_layers": 1}, "mistral": {"num_hidden_layers": 1},
+    "glm": {"num_hidden_layers": 1}, "qwen2": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}, "convnext": {}, "clip_text_model": {}}
+
+
+SOON = ("bert", "dinov2", "siglip", "umt5")
+
+
+@pytest.mark.parametrize("kind", [kind if kind in SOON else pytest.param(kind, marks=SLOW) for kind in ENCODERS])
+def test_encoders_of_any_kind_are_run(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} | ENCODERS[kind]), encoding="utf-8")
+    found = estimate_vram(tmp_path, batch=2)
+    assert found.peak_allocated > found.loaded > 0 and not found.traced.lower_bound
+
+
+@SLOW
+@pytest.mark.parametrize("kind, options", [
+    ("AutoencoderTiny", {}), ("AutoencoderKLWan", {"base_dim": 16}), ("AutoencoderKLQwenImage", {"base_dim": 16}), ("AutoencoderKLFlux2", {}),
+    ("AutoencoderKLLTXVideo", {}), ("AutoencoderDC", {"encoder_block_types": "ResBlock"}), ("AutoencoderKLHunyuanVideo", {}), ("AutoencoderKLCogVideoX", {})])
+def test_decoders_of_any_kind_are_run(kind, options, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind} | options), encoding="utf-8")
+    found = estimate_vram(tmp_path, width=256, height=256)
+    assert found.peak_allocated > found.loaded > 0 and not found.traced.lower_bound
 
 
 def test_to_encode_an_image_takes_less_than_to_decode_it():

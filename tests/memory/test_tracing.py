@@ -120,11 +120,8 @@ def test_a_patch_release_keeps_the_traces_and_a_minor_release_does_not(monkeypat
 
 def test_what_a_library_notes_in_a_configuration_changes_nothing(tmp_path):
     part, copy = QUESTION[0], tmp_path / "text_encoder"
-    copy.mkdir()
+    shutil.copytree(part.parent, tmp_path, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     config = json.loads((part / "config.json").read_text(encoding="utf-8"))
-    index = (part.parent / "model_index.json").read_text(encoding="utf-8")
-    (tmp_path / "model_index.json").write_text(index, encoding="utf-8")
-    shutil.copytree(part.parent / "vae", tmp_path / "vae")
     def key(**changed):
         (copy / "config.json").write_text(json.dumps(config | changed, indent=7), encoding="utf-8")
         return trace_key(copy, *QUESTION[1:])
@@ -162,7 +159,7 @@ def test_a_plan_of_a_known_model_imports_no_torch():
 
 
 @pytest.mark.parametrize("config", [
-    "", "{", "[]", "null", "{}", "\x00\xff", '{"_class_name": "UNet9DModel"}', '{"model_type": "gpt2"}', '{"model_type": "nonsense"}'])
+    "", "{", "[]", "null", "{}", "\x00\xff", '{"_class_name": "UNet9DModel"}', '{"model_type": "nonsense"}'])
 def test_what_cannot_be_traced_is_named(config, tmp_path):
     (tmp_path / "config.json").write_text(config, encoding="latin-1")
     with pytest.raises(ValidationError, match="cannot be traced: ") as e: trace_network(tmp_path, Workload(0, 0))
@@ -170,7 +167,7 @@ def test_what_cannot_be_traced_is_named(config, tmp_path):
 
 
 @pytest.mark.parametrize("change", [
-    {"block_out_channels": [7, 3]}, {"cross_attention_dim": None}, {"class_embed_type": "timestep"},
+    {"block_out_channels": [7, 3]}, {"cross_attention_dim": None},
     {"down_block_types": ["NoBlock"]}, {"in_channels": -1}])
 def test_a_unet_that_is_wrong_in_itself_is_named(change, tmp_path):
     for part in ("unet", "vae", "text_encoder_2"):
