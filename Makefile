@@ -40,7 +40,7 @@ browser: .venv/browser docs  ## the site and the widgets in a real browser (Chro
 traces: .venv/dev  ## after a change to tracing or to the pinned libraries: take the traces that the package carries anew
 	python tools/traces.py
 
-planner: .venv/dev  ## after the same changes: predict the grid of the site's planner anew (twenty minutes)
+planner: .venv/dev  ## after the same changes: predict the grid of the site's planner anew (half an hour; traces are kept in build/)
 	OMP_NUM_THREADS=1 python tools/planner.py
 
 dist: .venv/dev  ## wheel and source distribution, in dist/

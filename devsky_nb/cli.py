@@ -410,12 +410,15 @@ def generate(args: argparse.Namespace) -> int:
 
 # %% ../nbs/03_cli.ipynb #15c10010
 def plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="NAME",
-                        help="alias such as sdxl-base, Hub id, or folder; weights are not needed")
-    parser.add_argument("--budget", required=True, metavar="SIZE",
-                        help="memory that PyTorch may take, such as 8GB or 7.5GiB")
+    parser.add_argument("model", metavar="NAME", help="alias such as sdxl-base, Hub id, or folder; weights are not needed")
+    parser.add_argument("--budget", metavar="SIZE",
+                        help="memory that PyTorch may take: 8GB (8·10⁹ bytes) or 7.5GiB (7.5·2³⁰)")
+    parser.add_argument("--config", metavar="WORDS",
+                        help="answer for this configuration alone, with or without a budget: 'nf4, model offload'")
+    parser.add_argument("--host-budget", metavar="SIZE", help="main memory for weights, as --budget (default: no limit)")
     parser.add_argument("--width", type=int, metavar="PX", help="of an image (default: the model's own)")
     parser.add_argument("--height", type=int, metavar="PX", help="of an image (default: the model's own)")
+    parser.add_argument("--frames", type=int, metavar="N", help="of a video (default: the model's own)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"),
                         help="number format (default: what suits the model)")
@@ -424,6 +427,8 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-guidance", action="store_true", help="run the denoiser once a step, not twice")
     parser.add_argument("--without", action="append", metavar="PART",
                         help="a component to do without: safety_checker or text_encoder_3")
+    parser.add_argument("--fetch", action="store_true",
+                        help="fetch the small files of a model that is not in the cache; no weights")
     parser.add_argument("--top", type=int, default=8, metavar="N", help="configurations to list (default: %(default)s)")
     add_hub_options(parser)
 
@@ -432,9 +437,11 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
 def plan(args: argparse.Namespace) -> int:
     "Find the configurations of a model that fit a memory budget."
     registry = devsky_nb.ModelRegistry(cache_dir=args.cache_dir, offline=args.offline)
-    result = devsky_nb.plan_vram(args.model, args.budget, dtype=args.dtype, width=args.width, height=args.height,
-                                 batch=args.batch, guidance=not args.no_guidance, without=args.without or [],
-                                 device=args.device, top=args.top, registry=registry, revision=args.revision)
+    result = devsky_nb.plan_vram(args.model, args.budget, config=args.config, host_budget=args.host_budget,
+                                 dtype=args.dtype, width=args.width, height=args.height, frames=args.frames,
+                                 batch=args.batch, guidance=False if args.no_guidance else None, without=args.without or [],
+                                 device=args.device, top=args.top, registry=registry, revision=args.revision,
+                                 fetch=args.fetch)
     emit(result, args.json)
     return 0 if result.best else 1
 

@@ -27,7 +27,7 @@ from ..hub.pins import repo_name
 from ..hub.registry import ModelRegistry
 from ..hub.weights import model_bytes, packed_bytes, weight_files, weight_folders, weights_variant
 from ..memory.estimate import DTYPE_NAMES, estimate_vram
-from ..memory.plan import FIXED_VAE
+from ..memory.emitted import FIXED_VAE
 
 if TYPE_CHECKING:
     import torch

@@ -327,6 +327,18 @@ class VaeGuard:
 
     def __reduce__(self) -> tuple: return VaeGuard, (self.vae(), self.method, self.stored)
 
+def answer_as_given(vae: "AutoencoderKL") -> None:
+    "Have a VAE encode an image in its own number format, and answer in the image's: most pipelines do not cast it."
+    given: list["torch.dtype"] = []
+
+    def note(encoder: "torch.nn.Module", args: tuple) -> None: given[:] = [args[0].dtype]
+
+    def answer(layer: "torch.nn.Module", args: tuple, moments: "torch.Tensor") -> "torch.Tensor":
+        return moments.to(given[0]) if given else moments
+
+    vae.encoder.register_forward_pre_hook(note)
+    (vae.quant_conv or vae.encoder).register_forward_hook(answer)
+
 def keep_format(vae: "AutoencoderKL", mode: str) -> None:  # as `stored_vae` says
     "Have a VAE keep its number format, whatever the pipeline's own call does with it, and however that ends."
     if mode == "same": return
@@ -334,6 +346,7 @@ def keep_format(vae: "AutoencoderKL", mode: str) -> None:  # as `stored_vae` say
     if mode == "upcast": return
     for first in (vae.post_quant_conv or vae.decoder.conv_in, vae.encoder.conv_in):
         first.register_forward_pre_hook(match_dtype)
+    answer_as_given(vae)
 
 def load_vae(part: Path,
              dtype: "torch.dtype",  # of the pipeline

@@ -19,9 +19,10 @@ from .generation import precision_label, QuantizedSDXLGenerator
 from .turns import (go_back, keep_state, offload_of, place_networks, turns_of, undisturbed,
                     VAE_SWITCHES)
 from ..errors import InsufficientMemoryError, MLError, ModelNotFoundError, ValidationError
-from ..memory.estimate import estimate_vram, QUANTS
+from ..memory.estimate import Estimate, estimate_vram
+from ..memory.formats import QUANTS
+from ..memory.emitted import TORCH_DTYPES
 from ..memory.monitor import where_it_runs
-from ..memory.plan import ERROR_MARGIN, TORCH_DTYPES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -255,8 +256,8 @@ def attention_label(task: Task) -> str:  # "sdpa", "math", "sliced"
     if any(kind.startswith("Sliced") for kind in slow): return "sliced"
     return "math" if slow else "sdpa"
 
-def predict_peak(task: Task) -> int | None:  # bytes; None: the planner does not know this pipeline
-    "The most memory that is expected to be taken, with the switches as they are."
+def predict(task: Task) -> Estimate | None:  # None: the planner does not know this pipeline
+    "What memory is expected to be taken, with the switches as they are."
     names = {text: name for name, text in TORCH_DTYPES.items()}
     dtype = names.get(str(task.denoiser.dtype), "")
     quantized = task.quantized
@@ -265,7 +266,7 @@ def predict_peak(task: Task) -> int | None:  # bytes; None: the planner does not
     empty = {name for name, part in task.pipeline.components.items() if part is None}
     kind = task.device.partition(":")[0]
     try:
-        estimate = estimate_vram(
+        return estimate_vram(
             task.pipeline.name_or_path or "", dtype, quant=next(iter(quantized.values()), None),
             quant_components=list(quantized) or None,
             offload=task.offload if kind == "cuda" else None,  # elsewhere it saves nothing
@@ -273,11 +274,20 @@ def predict_peak(task: Task) -> int | None:  # bytes; None: the planner does not
             attention=attention_label(task), width=task.width, height=task.height, batch=task.batch,
             without=sorted(empty & {"safety_checker", "text_encoder_3"}) or None, device=kind)
     except (ValidationError, ModelNotFoundError): return None
-    return estimate.peak_allocated
 
-def fits(peak: int | None, budget: int | None) -> bool | None:  # None: no budget
-    "Whether a budget is met, with the planner's margin of error."
-    return None if peak is None or budget is None else peak * (1 + ERROR_MARGIN) <= budget
+def predict_peak(task: Task) -> int | None:  # bytes; None: the planner does not know this pipeline
+    "The most memory that is expected to be taken."
+    estimate = predict(task)
+    return None if estimate is None else estimate.peak_allocated
+
+def predict_needed(task: Task) -> int | None:  # bytes; None: the planner does not know this pipeline
+    "What a budget must have: the peak, and the planner's margin of error."
+    estimate = predict(task)
+    return None if estimate is None else estimate.needed
+
+def fits(needed: int | None, budget: int | None) -> bool | None:  # None: no budget, or nothing is known
+    "Whether a budget is met."
+    return None if needed is None or budget is None else needed <= budget
 
 # %% ../../nbs/diffusion/14_speed.ipynb #14b0002a
 def reason_to_skip(technique: Technique,
@@ -288,7 +298,7 @@ def reason_to_skip(technique: Technique,
     if by_name: return technique.obstacle(task)
     if task.goal not in technique.serves:
         if task.budget is None or "budget" not in technique.serves: return f"it is for {technique.serves[0]}"
-        if fits(predict_peak(task), task.budget): return "the budget is met without it"
+        if fits(predict_needed(task), task.budget): return "the budget is met without it"
     if task.device_kind not in technique.devices: return f"worth trying on {', '.join(technique.devices)} only"
     return technique.obstacle(task)
 
@@ -365,6 +375,7 @@ class Optimization:
         budget: bytes
         peak_before: bytes that the planner expects; None: it does not know this pipeline
         peak_after: int | None
+        needed: bytes that a budget must have: the peak, and the planner's margin of error
     """
     pipeline: str  # its class
     goal: str
@@ -376,6 +387,7 @@ class Optimization:
     budget: int | None = None  # bytes
     peak_before: int | None = None  # bytes that the planner expects; None: it does not know this pipeline
     peak_after: int | None = None
+    needed: int | None = None  # bytes that a budget must have: the peak, and the planner's margin of error
 
     @property
     def fits(self) -> bool | None:  # None: no budget
@@ -384,7 +396,7 @@ class Optimization:
         Returns:
             None: no budget
         """
-        return fits(self.peak_after, self.budget)
+        return fits(self.needed, self.budget)
 
     def to_dict(self) -> dict[str, Any]:  # ready for JSON
         """The report as plain data.
@@ -487,7 +499,7 @@ def throw_switches(task: Task,
         if reason: skipped[technique.name] = reason
         else: applied[technique.name] = difference(outputs[-1], outputs[-2])
     return Optimization(kind, task.goal, task.device, described, applied, skipped, difference(outputs[-1], outputs[0]),
-                        task.budget, before, predict_peak(task))
+                        task.budget, before, predict_peak(task), predict_needed(task))
 
 # %% ../../nbs/diffusion/14_speed.ipynb #14b0003a
 def optimize(pipeline: "DiffusionPipeline | QuantizedSDXLGenerator",  # where it is to run: moved or offloaded before

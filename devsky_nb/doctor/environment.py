@@ -211,12 +211,12 @@ def memory(subject: Subject) -> Iterator[Observation]:
     kind = info.device.partition(":")[0]
     plan = plan_vram(subject.model, subject.budget or info.free, device=kind, top=1, registry=registry,
                      revision=subject.revision)
-    given = format_bytes(plan.budget)
+    given = format_bytes(plan.budget or 0)
     if plan.best is None:
         yield Observation("error", f"{subject.model} does not fit into {given}: {plan.advice}",
                           "Free memory, choose a smaller image or model, or a larger machine")
     else:
-        spare = format_bytes(plan.best.margin)
+        spare = format_bytes(plan.best.margin or 0)
         command = f"`devsky plan {subject.model} --budget {given.replace(' ', '')}`"
         yield Observation("pass", f"{subject.model} fits into {given}: {plan.best.label}, {spare} to spare",
                           f"Nothing to do; {command} gives the code")

@@ -16,6 +16,8 @@ from .._core import format_bytes, format_count, require
 from ..hub.registry import ModelRegistry, registry_for
 from ..memory.configs import config_folder, find_model
 from ..memory.estimate import estimate_vram
+from ..memory.formats import FORMATS
+from ..memory.offload import OFFLOADS
 from ..memory.plan import check_budget, MemoryPlan, plan_vram, PlanOption, usual_dtype
 from ..memory.plots import plot_phases
 from .panel import Job, make_control, Panel, plot_html
@@ -37,15 +39,15 @@ def option_text(option: PlanOption) -> str:
     estimate = option.estimate
     peak = f"{format_bytes(estimate.peak_allocated)} in {estimate.peak_phase}"
     if not option.fits: return f"{option.label}: does not fit, {peak}"
-    return f"{option.label}: {peak}, {format_bytes(option.margin)} left"
+    return f"{option.label}: {peak}, {format_bytes(option.margin or 0)} left"
 
 # %% ../../nbs/ui/02_memory_planner.ipynb #5475bd9e
 def planner_controls(models: list[str], model: str, budget: int) -> SimpleNamespace:
     "What can be chosen."
     import ipywidgets as widgets
     gigabytes = budget / 1e9
-    quants = [("none", ""), *((name, name) for name in ("int8", "nf4", "nf4-dq", "fp4"))]
-    offloads = [("none", ""), *((name, name) for name in ("model", "sequential", "group"))]
+    quants = [("none", ""), *((name, name) for name in FORMATS)]
+    offloads = [("none", ""), *((name, name) for name in OFFLOADS)]
     return SimpleNamespace(
         model=make_control(widgets.Dropdown, "model", options=models, value=model),
         budget=make_control(widgets.FloatSlider, "budget, GB", min=min(1., gigabytes), max=max(80., gigabytes),
@@ -56,7 +58,9 @@ def planner_controls(models: list[str], model: str, budget: int) -> SimpleNamesp
         offload=make_control(widgets.Dropdown, "offload", options=offloads),
         vae=make_control(widgets.Dropdown, "VAE", options=["upcast", "fp16-fix", "fp32"]),
         tiling=make_control(widgets.Checkbox, "VAE tiling"),
-        slicing=make_control(widgets.Checkbox, "VAE slicing"))
+        slicing=make_control(widgets.Checkbox, "VAE slicing"),
+        compile=make_control(widgets.Checkbox, "compiled"),
+        channels_last=make_control(widgets.Checkbox, "channels last"))
 
 class MemoryPlanner(Panel):
     "Peak memory, as the settings are moved."
@@ -75,7 +79,7 @@ class MemoryPlanner(Panel):
         self.code = widgets.Textarea(rows=10, layout=wide)
         c = self.controls
         left = widgets.VBox([c.model, c.budget, c.size, c.batch])
-        right = widgets.VBox([c.quant, c.offload, c.vae, c.tiling, c.slicing])
+        right = widgets.VBox([c.quant, c.offload, c.vae, c.tiling, c.slicing, c.compile, c.channels_last])
         columns = widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap"))
         super().__init__("Memory planner", [columns],
                          [self.plot, self.verdict, self.ranked, widgets.HTML("Python"), self.code])
@@ -95,7 +99,8 @@ class MemoryPlanner(Panel):
             side = c.size.value or None
             workload = {"width": side, "height": side, "batch": c.batch.value}
             setup = {"quant": c.quant.value or None, "offload": c.offload.value or None, "vae": c.vae.value,
-                     "vae_tiling": c.tiling.value, "vae_slicing": c.slicing.value}
+                     "vae_tiling": c.tiling.value, "vae_slicing": c.slicing.value, "compile": c.compile.value,
+                         "channels_last": c.channels_last.value}
             budget = round(c.budget.value * 1e9)
             self.ask("predicting", partial(self._predict, c.model.value, budget, workload, setup), delay=.2)
 
@@ -146,7 +151,7 @@ class MemoryPlanner(Panel):
         with self.update():
             self.ranked.options = [(option_text(option), n) for n, option in enumerate(plan.options)]
             self.ranked.value = None
-        found = f"{format_count(len(plan.options), 'way that fits', 'ways that fit, the best first')}:"
+        found = f"{format_count(plan.found, 'way that fits', 'ways that fit, the best first')}:"
         self.verdict.value = f"<p>{escape(found if plan.options else plan.advice)}</p>"
 
     def choose(self,
@@ -157,7 +162,8 @@ class MemoryPlanner(Panel):
             if self.updating or change["new"] is None: return
             setup = self.options[change["new"]].estimate.setup
             self._set_controls(quant=setup.quant or "", offload=setup.offload or "", vae=setup.vae,
-                               tiling=setup.vae_tiling, slicing=setup.vae_slicing)
+                               tiling=setup.vae_tiling, slicing=setup.vae_slicing, compile=setup.compile,
+                                   channels_last=setup.channels_last)
             self.predict()
 
 # %% ../../nbs/ui/02_memory_planner.ipynb #b70ba523

@@ -1035,8 +1035,8 @@ def test_what_is_no_sdxl_pipeline_is_one_error_before_anything_is_fetched(model,
 
 def test_who_misses_a_model_is_led_to_one_of_the_right_kind(cache):
     with pytest.raises(ModelNotFoundError, match="only Stable Diffusion XL pipelines are drawn with: if it is one, "
-                                                 "`hf download stabilityai/sdxl-turbo.*--model tiny-sdxl") as caught:
-        QuantizedSDXLGenerator("stabilityai/sdxl-turbo", device="cpu", cache_dir=cache, offline=True)
+                                                 "`hf download someone/sdxl-wear.*--model tiny-sdxl") as caught:
+        QuantizedSDXLGenerator("someone/sdxl-wear", device="cpu", cache_dir=cache, offline=True)
     assert "tiny-clip" not in str(caught.value) and caught.value.details["remedies"][1] == "--model tiny-sdxl"
 
 

@@ -50,7 +50,8 @@ def test_loader_prediction_and_warning_decide_alike_how_the_vae_decodes(dtype, s
     network, loaded_mode = load_vae(TINY / "vae", dtype, vae)
     assert (loaded_mode, formats(network)) == (mode, {stored})
     held = sum(weight.numel() for weight in network.parameters())
-    assert while_decoding == held * (dtype.itemsize if mode == "same" else 4)
+    itemsize = dtype.itemsize if mode == "same" else 4
+    assert held * itemsize <= while_decoding < held * itemsize * 1.05, "in whole blocks of the allocator"
     assert network_sizes(TINY, dtype, vae=vae)["vae"] == held * stored.itemsize
     with pytest.MonkeyPatch.context() as patch:
         peak = estimate.peak_allocated

@@ -46,7 +46,7 @@ from devsky_nb.hub.locate import locate_model
 from devsky_nb.hub.registry import ModelRegistry
 from devsky_nb.hub.weights import model_bytes
 from devsky_nb.memory.estimate import estimate_vram
-from devsky_nb.memory.plan import FIXED_VAE
+from devsky_nb.memory.emitted import FIXED_VAE
 
 TINY = locate_model("tiny-sdxl")
 KINDS = {"nf4": {"double_quant": False}, "nf4-dq": {}, "int8": {"use_4bit": False}}

@@ -207,7 +207,7 @@ def test_planner_follows_its_controls(planner):
     assert ("1024² own", 0) in planner.controls.size.options
 
 def test_planner_says_when_nothing_fits():
-    planner = memory_planner("tiny-sdxl", "64MiB").wait()
+    planner = memory_planner("sdxl-base", "500MB").wait()
     assert "nothing fits. The least is" in planner.verdict.value
     assert planner.ranked.options == ()
     assert "✗" in planner.plot.value

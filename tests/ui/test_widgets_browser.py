@@ -165,7 +165,7 @@ def test_the_planner_is_moved_by_keyboard(find, expect, opened):
     expect(ranked.locator("option").first).to_contain_text("fp16, model offload")
     ranked.focus()
     page.keyboard.press("ArrowDown")
-    expect(plot).to_have_attribute("alt", re.compile("fp16, model offload: .* left"))
+    expect(plot).to_have_attribute("alt", re.compile("fp16, model offload, channels last: .* left"))
     expect(code).to_have_value(re.compile("enable_model_cpu_offload"))
     assert ranked.evaluate("e => e === document.activeElement")  # so the next arrow goes on from there
     labelled(planner, "budget, GB").locator(".noUi-handle").focus()
@@ -284,7 +284,7 @@ def test_the_panels_in_notebook_7(lab, browser, expect):
         for name in PANELS: expect(page.locator(".devsky", has_text=name)).to_have_count(1)
         planner = page.locator(".devsky", has_text="Memory planner")
         planner.scroll_into_view_if_needed()
-        expect(planner.locator("select[size] option").first).to_contain_text("2.3 GiB left")
+        expect(planner.locator("select[size] option").first).to_contain_text("2.2 GiB left")
         page.evaluate("() => window.jupyterapp.commands.execute('notebook:enter-command-mode')")
         labelled(planner, "budget, GB").locator(".noUi-handle").focus()
         page.keyboard.press("ArrowRight")
