@@ -188,6 +188,7 @@ def image_size(folder: Path, networks: dict[str, Path], width: int | None, heigh
 # %% ../../nbs/memory/12_estimate.ipynb #95d43aad
 DISTILLED = re.compile(r"turbo|schnell|lightning|hyper|lcm|tcd|dmd|distill|sprint|klein(?!-base)|flash(?!-?attn)", re.I)
 DISTILLED_SCHEDULERS = ("LCMScheduler", "TCDScheduler", "FlowMatchLCMScheduler", "SCMScheduler")
+FROM_IMAGES = "draws from images: encode includes the VAE, which encodes them"
 WITHOUT_GUIDANCE = "counted without guidance, as distilled models are run: guidance=True counts it"
 
 def is_distilled(source: ModelSource) -> bool:
@@ -231,6 +232,7 @@ class TracedModel:
                  for name, stored in self.stored.items()]
         if self.source.note: notes.insert(0, self.source.note)
         if self.setup.guidance is None and is_distilled(self.source): notes.append(WITHOUT_GUIDANCE)
+        if any(name.endswith(".encode") for name in self.runs): notes.append(FROM_IMAGES)
         problems = {network.why for network in self.networks.values() if network.why and network.trace is not None}
         notes += [f"the pipeline could not be played through ({problem}): networks are counted "
                   "as they run alone, and the peak is a lower bound"

@@ -485,6 +485,8 @@ def not_accepted(workload: Workload, error: Exception) -> ValidationError:
     said = ", ".join(f"{name}={value}" for name, value in asked.items())
     return ValidationError(f"{said or 'the pipeline'}: {error}", details=asked, original_error=error)
 
+WRONG_NETWORK = "Incorrect configuration settings"  # how a pipeline of diffusers says that a network is another's
+
 def rehearse(folder: Path,  # of a pipeline
              workload: Workload,
              ) -> Rehearsal:
@@ -508,6 +510,9 @@ def rehearse(folder: Path,  # of a pipeline
         except ValidationError: raise
         except Exception as e:
             if isinstance(e, ValueError) and rehearsal.networks and not rehearsal.turns: raise not_accepted(workload, e)
+            if WRONG_NETWORK in str(e):
+                raise ValidationError(f"{folder}: a {pipeline_kind(folder)} does not run with these networks: {in_short(e)}",
+                                      details={"folder": str(folder)}, original_error=e) from e
             rehearsal.problem = in_short(e)
     for network in rehearsal.networks.values(): network.__class__ = real_class(network)
     return rehearsal

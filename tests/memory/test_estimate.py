@@ -452,13 +452,18 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("alias,kind", [
     ("sd15", "StableDiffusionControlNetPipeline"), ("sd15", "NoSuchPipeline"), pytest.param("flux1-dev", "FluxFillPipeline", marks=SLOW),
-    pytest.param("sdxl-base", "StableDiffusionXLInstructPix2PixPipeline", marks=SLOW),
     pytest.param("sdxl-base", "StableVideoDiffusionPipeline", marks=SLOW)])
 def test_a_pipeline_that_cannot_be_played_through_says_so(alias, kind, tmp_path):
     folder = as_pipeline(with_settings(tmp_path / "m", None, alias=alias), kind)
     found = estimate_vram(folder)
     assert found.traced.lower_bound and found.peak_allocated > found.loaded > 2**30
     assert "the peak is a lower bound" in str(found) and "the peak is a lower bound" in json.dumps(found.to_dict())
+
+
+def test_a_pipeline_that_refuses_its_own_networks_is_refused(tmp_path):
+    folder = as_pipeline(with_settings(tmp_path / "m", None, alias="sd15"), "StableDiffusionInstructPix2PixPipeline")
+    with pytest.raises(ValidationError, match="InstructPix2PixPipeline does not run with these networks: .*in_channels") as caught: estimate_vram(folder)
+    assert caught.value.details["folder"] == str(folder)
 
 
 @pytest.mark.parametrize("alias,kind,runs", [
