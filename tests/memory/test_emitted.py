@@ -1,9 +1,11 @@
 "The Python that a plan emits runs: every setting, for every kind of pipeline, on the CPU and on a pretended GPU."
 import importlib, re
+from contextlib import contextmanager, nullcontext
 from unittest import mock
 
 import numpy as np
 import pytest, torch
+from diffusers.utils import torch_utils
 from PIL import Image
 
 from devsky_nb import estimate_vram, plan_vram
@@ -117,10 +119,17 @@ def test_the_code_for_a_mask_a_control_image_a_video_and_a_text_runs(kind, setti
     check(found, settings, *drawn(code))
 
 
+@contextmanager
+def on_cuda():
+    "A pretended GPU, and diffusers asked anew which device there is: newer releases ask once, at import."
+    backend = getattr(torch_utils, "TorchDeviceBackend", None)
+    asked = mock.patch.object(backend, "_detect_device_type", staticmethod(lambda: "cuda")) if backend else nullcontext()
+    with pretended("cuda") as gpu, asked: yield gpu
+
+
 @pytest.fixture
 def gpu():
-    from diffusers.utils.torch_utils import TorchDeviceBackend
-    with pretended("cuda") as gpu, mock.patch.object(TorchDeviceBackend, "_detect_device_type", staticmethod(lambda: "cuda")): yield gpu
+    with on_cuda() as gpu: yield gpu
 
 
 def test_an_edit_is_written_for_the_size_that_its_pipeline_draws(folder_of):
@@ -142,9 +151,7 @@ def test_the_code_of_every_candidate_runs_on_a_gpu(kind, folder_of, images, monk
         setup = found.setup
         if setup.vae_tiling or (setup.quant or "").startswith("torchao"): continue  # the library is not here
         tried.add((setup.quant, setup.offload))
-        from diffusers.utils.torch_utils import TorchDeviceBackend
-        with pretended("cuda"), mock.patch.object(TorchDeviceBackend, "_detect_device_type", staticmethod(lambda: "cuda")):
-            check(found, {}, *drawn(code_of(found)))
+        with on_cuda(): check(found, {}, *drawn(code_of(found)))
     assert len(tried) > 5
 
 

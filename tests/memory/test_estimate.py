@@ -161,7 +161,7 @@ def test_a_folder_without_anything_and_one_without_a_component(tmp_path):
 def test_a_network_by_itself_is_what_it_is_in_its_pipeline(model, part, kind, tmp_path):
     inside, alone = CONFIGS / model / part, shutil.copytree(CONFIGS / model / part, tmp_path / "alone")
     a, b = estimate_vram(inside), estimate_vram(alone)
-    assert a.loaded == b.loaded and abs(a.peak_allocated / b.peak_allocated - 1) < .01
+    assert a.loaded == b.loaded and abs(a.peak_allocated / b.peak_allocated - 1) < .02
     for folder in (inside, alone):
         best = plan_vram(folder, "64GB").best
         compile(best.code, "plan", "exec")
