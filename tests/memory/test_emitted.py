@@ -141,7 +141,7 @@ def test_an_edit_is_written_for_the_size_that_its_pipeline_draws(folder_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", DRAWN)
+@pytest.mark.parametrize("kind", WHOLE)
 def test_the_code_of_every_candidate_runs_on_a_gpu(kind, folder_of, images, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, *args, **kwargs: None)
     folder = folder_of(kind)
