@@ -16,6 +16,8 @@ NAMES = ["größe.png", "服 ✓.png", "plain.png"]
 @pytest.fixture(scope="module")
 def shop(tmp_path_factory):
     "A folder whose name and files are of many scripts."
+    try: os.fsencode("größe ✓")
+    except UnicodeEncodeError: pytest.skip("this process cannot make files with such names; it runs in a locale without them")
     folder = tmp_path_factory.mktemp("läden") / "café ✓"
     folder.mkdir()
     for seed, name in enumerate(NAMES): render_garment(Garment("dress", "red", "striped"), 128, seed).save(folder / name)
