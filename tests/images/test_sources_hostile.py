@@ -151,12 +151,12 @@ def test_a_tar_that_is_no_file_never_waits(tmp_path):
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_are_those_of_tarfile(tmp_path, format):
     names = ["a.jpg", "d/" * 60 + "b.jpg", "c" * 90 + ".jpg", "ü.jpg", "e e/" + "f" * 80 + ".png"] + ["n" * 300 + ".jpg"] * (format != tarfile.USTAR_FORMAT)
-    with tarfile.open(tmp_path / "s.tar", "w", format=format) as tar:
+    with tarfile.open(tmp_path / "s.tar", "w", format=format, encoding="utf-8") as tar:
         for n, name in enumerate(names):
             info = tarfile.TarInfo(name)
             info.size = 300 * n
             tar.addfile(info, io.BytesIO(bytes([n]) * info.size))
-    with tarfile.open(tmp_path / "s.tar") as tar: expected = [(m.name, m.offset_data, m.size) for m in tar]
+    with tarfile.open(tmp_path / "s.tar", encoding="utf-8") as tar: expected = [(m.name, m.offset_data, m.size) for m in tar]
     with open(tmp_path / "s.tar", "rb") as f: assert [(m.name, m.offset, m.size) for m in tar_members(f)] == expected
 
 
