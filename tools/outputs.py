@@ -1,4 +1,5 @@
-"""Leave of a widget's output what every viewer can show. Its live view names a model in a kernel that is gone.
+"""Leave of outputs what every viewer can show and every run repeats: no live view of a widget, which names a model in a kernel
+that is gone; and nothing of standard error, where libraries speak of the machine.
 
 usage: python tools/outputs.py      (after nbdev_clean, on the notebooks in nbs/)
 """
@@ -9,10 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def without_views(nb: dict) -> dict:
-    "The notebook without widget models and without views of them."
+    "The notebook without widget models, views of them, and standard error."
     nb["metadata"].pop("widgets", None)
     for cell in nb["cells"]:
-        for output in cell.get("outputs", []): output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
+        if cell["cell_type"] != "code": continue
+        cell["outputs"] = [output for output in cell["outputs"] if output.get("name") != "stderr"]
+        for output in cell["outputs"]: output.get("data", {}).pop("application/vnd.jupyter.widget-view+json", None)
     return nb
 
 

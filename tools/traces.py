@@ -10,7 +10,7 @@ from pathlib import Path
 
 from devsky_nb.hub.models import KNOWN
 from devsky_nb.memory.configs import ModelSource, carried_configuration, class_in, listed_parts, networks_of
-from devsky_nb.memory.estimate import image_size, is_distilled
+from devsky_nb.memory.estimate import asked_size, image_size, is_distilled, Setup
 from devsky_nb.memory.inputs import Switches, Workload
 from devsky_nb.memory.traces import PACKAGED_TRACES, take_trace, trace_key, write_trace
 
@@ -24,9 +24,10 @@ def usual(model: str) -> Iterator[tuple[Path, Workload, Switches]]:
     "What the planner asks for when it is told nothing but the model."
     folder = carried_configuration(KNOWN[model].repo_id)
     networks = networks_of(folder)
-    width, height = image_size(folder, networks, None, None)
+    asked_width, asked_height, frames = asked_size(Setup(model), KNOWN[model].repo_id)
+    width, height = image_size(folder, networks, asked_width, asked_height)
     guidance = False if is_distilled(ModelSource(model, folder, KNOWN[model].repo_id)) else None
-    workload = Workload(width, height, 1, guidance, 0, None, ())
+    workload = Workload(width, height, 1, guidance, frames, None, ())
     for name, part in networks.items():
         yield part, workload, Switches()
         if name == "vae" and has_tiles(part): yield part, workload, Switches(tiling=True)

@@ -35,6 +35,7 @@ class Workload:
     controlnet: str = ""  # the folder of one; `OWN_SHAPE`: one in the shape of the UNet; "": none
     tiny: bool = False  # a TinyVAE in place of the VAE
     lora: int = 0  # rank of a LoRA in the denoiser's attention that is not fused; 0: none
+    ip_adapter: str = ""  # its form; "": none
 
 class CannotRun(ValidationError):
     "A network whose inputs are not known: its weights are."

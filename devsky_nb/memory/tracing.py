@@ -257,18 +257,22 @@ class Layer:
     keep_fp32: bool  # in fp32 even when float16 is asked for
     weights: tuple[tuple[str, tuple[int, ...]], ...]  # name and shape
     buffer_numbers: int = 0  # in the model's dtype
-    other_bytes: int = 0  # of what is not in it, such as position ids
+    other_bytes: int = 0  # of what is not in it, such as position ids and tables that are computed in fp32
+    always_fp32: bool = False  # in fp32 in every format
+
+PUT_IN = (".lora_", "_ip.", "encoder_hid_proj.image_projection_layers.")  # parts of names: layers that come afterwards
 
 def quantizable(network: "torch.nn.Module") -> set[str]:
     "Names of the layers that bitsandbytes packs."
     import torch
     from transformers import PreTrainedModel
     linear = {name for name, module in network.named_modules()
-              if isinstance(module, torch.nn.Linear) and ".lora_" not in name}
-    if not isinstance(network, PreTrainedModel): return linear
+              if isinstance(module, torch.nn.Linear) and not any(part in name for part in PUT_IN)}
+    kept: set[str] = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    if not isinstance(network, PreTrainedModel): return {name for name in linear if kept.isdisjoint(name.split("."))}
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
-    spared = [*get_keys_to_not_convert(network), *(network._keep_in_fp32_modules or ())]
+    spared = [*get_keys_to_not_convert(network), *kept]
     return {name for name in linear if should_convert_module(name, spared)}
 
 # %% ../../nbs/memory/02_tracing.ipynb #66857101
@@ -276,7 +280,9 @@ def describe_layers(network: "torch.nn.Module") -> tuple[Layer, ...]:
     "The weights of a network, layer by layer, each tensor once."
     seen: set[int] = set()
     linear = quantizable(network)
-    keep_fp32 = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    in_fp16: set[str] = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    strict = getattr(network, "_keep_in_fp32_modules_strict", in_fp16)  # diffusers has none: it keeps them in every format
+    always: set[str] = set(strict or ())
 
     def first_seen(tensors: "Iterable[torch.Tensor]") -> "list[torch.Tensor]":
         new = [t for t in tensors if id(t) not in seen]
@@ -286,8 +292,13 @@ def describe_layers(network: "torch.nn.Module") -> tuple[Layer, ...]:
     layers = []
     for name, module in layers_of(network):
         buffers = first_seen(module.buffers(recurse=False))
+        computed = [b for n, b in module.named_buffers(recurse=False)
+                    if n in module._non_persistent_buffers_set and b.is_floating_point()]  # in fp32, whatever is loaded
         weights = tuple((n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False) if first_seen([p]))
-        numbers = sum(b.numel() for b in buffers if b.is_floating_point())
-        other = sum(b.nbytes for b in buffers if not b.is_floating_point())
-        layers.append(Layer(name, name in linear, not keep_fp32.isdisjoint(name.split(".")), weights, numbers, other))
+        in_fp32 = {id(b) for b in computed}
+        numbers = sum(b.numel() for b in buffers if b.is_floating_point() and id(b) not in in_fp32)
+        other = sum(4 * b.numel() if id(b) in in_fp32 else b.nbytes for b in buffers if not b.is_floating_point() or id(b) in in_fp32)
+        names = {*name.split("."), *(n for n, _ in weights)}
+        layers.append(Layer(name, name in linear, not names.isdisjoint(in_fp16), weights, numbers, other,
+                            not names.isdisjoint(always)))
     return tuple(layers)

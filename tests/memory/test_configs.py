@@ -27,8 +27,13 @@ FILES = {
     ("wan21-t2v-1.3b", "vae"): ("508 MB", 4), ("wan21-t2v-14b", "transformer"): ("28.6 GB", 2), ("wan22-t2v-a14b", "transformer_2"): ("28.6 GB", 2),
     ("wan22-ti2v-5b", "transformer"): ("5.00 GB", 1), ("wan22-ti2v-5b", "vae"): ("2.82 GB", 4), ("ltx-video", "transformer"): ("7.69 GB", 4),
     ("ltx-video", "vae"): ("1.68 GB", 4), ("hunyuanvideo", "vae"): ("986 MB", 4), ("hunyuanvideo", "text_encoder"): ("15.0 GB", 2),
-    ("cogvideox-2b", "transformer"): ("3.39 GB", 2), ("cogvideox-2b", "vae"): ("431 MB", 2), ("cogvideox-5b", "vae"): ("862 MB", 4)}
-ALL_FILES = {"hunyuanvideo": ("41.9 GB", {"vae": 4}), "cogvideox-5b": ("21.5 GB", {"vae": 4})}
+    ("cogvideox-2b", "transformer"): ("3.39 GB", 2), ("cogvideox-2b", "vae"): ("431 MB", 2), ("cogvideox-5b", "vae"): ("862 MB", 4),
+    ("kolors", "text_encoder"): ("12.487168 GB", 2), ("hidream-i1-full", "transformer"): ("34.21 GB", 2), ("hidream-i1-full", "text_encoder"): ("0.49 GB", 4),
+    ("hidream-i1-full", "text_encoder_3"): ("9.52 GB", 2), ("hunyuandit", "transformer"): ("1.50 GB", 1),
+    ("kandinsky22", "unet"): ("5.012309 GB", 4), ("kandinsky22", "movq"): ("271.4 MB", 4),
+    ("kandinsky5-t2i-lite", "transformer"): ("6.0 GB", 1), ("kandinsky5-t2i-lite", "text_encoder"): ("16.6 GB", 2), ("kandinsky5-t2v-lite", "transformer"): ("2.0 GB", 1),
+    ("ltx2", "transformer"): ("37.8 GB", 2), ("ltx2", "connectors"): ("2.86 GB", 2), ("ltx2", "vae"): ("2.44 GB", 2)}
+ALL_FILES = {"hunyuanvideo": ("41.9 GB", {"vae": 4}), "cogvideox-5b": ("21.5 GB", {"vae": 4}), "kandinsky22-prior": ("10.575 GB", {"prior": 4, "text_encoder": 4})}
 
 
 def as_bytes(text):
@@ -51,7 +56,7 @@ def numbers(part):
     return counted[text]
 
 
-AT_ONCE = {"flux2-klein-4b", "qwen-image", "sana-1600m", "wan22-ti2v-5b", "cogview4"}  # of the others `make slow` takes care
+AT_ONCE = {"flux2-klein-4b", "qwen-image", "sana-1600m", "wan22-ti2v-5b", "cogview4", "kandinsky22"}  # of the others `make slow` takes care
 MODELS_AND_NETWORKS = [key if key[0] in AT_ONCE else pytest.param(*key, marks=pytest.mark.slow) for key in FILES]
 
 

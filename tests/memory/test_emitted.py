@@ -19,10 +19,9 @@ from devsky_nb.memory.plan import candidates, PlanOption
 from devsky_nb.memory.tracing import describe_layers, trace_call
 from devsky_nb.memory.wording import settings_in, words_of
 from pretended_gpu import pretended
-from saved_pipelines import KINDS, save, SIDE
+from tiny_pipelines import KINDS, save, SIDE
+from written_code import drawn, ON_CPU
 
-ON_CPU = [("device(\"cuda\")", "device(\"cpu\")"), ("to('cuda')", "to('cpu')"), ("offload()", "offload(device=\"cpu\")"),
-          (", use_stream=True", ""), (", record_stream=True", ""), (", low_cpu_mem_usage=True", "")]
 FAST = {"mask, SD": {}, "control image, SDXL": {}, "video, Wan": {}, "text, SDXL": {"vae": "fp32", "dtype": "bf16", "attention": "sliced"}}
 
 
@@ -68,15 +67,6 @@ def test_a_model_with_a_controlnet_and_a_lora_is_drawn_with_both(folder_of):
 def estimate(folder, kind, **settings):
     if kind.startswith("video"): settings = {"frames": 5} | settings
     return estimate_vram(folder, **{"dtype": "fp32", "width": SIDE, "height": SIDE, "device": "cuda"} | settings)
-
-
-def drawn(code):
-    "What the last line of a program draws, in few steps."
-    scope = {}
-    few = re.sub(r"= pipeline\((?=.)", "= pipeline(num_inference_steps=4, prompt=", code) if "pipeline(\"" in code or "pipeline([" in code else code.replace(
-        "= pipeline(", "= pipeline(num_inference_steps=4, ")
-    with quiet("diffusers", "transformers"): exec(few, scope)
-    return scope, scope.get("images", scope.get("frames"))
 
 
 def check(found, settings, scope, result):
@@ -290,11 +280,11 @@ def test_torchao_stores_what_is_predicted(quant):
     config = {"torchao-int8": "Int8WeightOnlyConfig", "torchao-fp8": "Float8WeightOnlyConfig"}[quant]
     layer = torch.nn.Linear(256, 384, bias=False, dtype=torch.bfloat16)
     quantize_(layer, getattr(importlib.import_module("torchao.quantization"), config)())
-    parts = [getattr(layer.weight, name) for name in (*layer.weight.tensor_data_names, *layer.weight.optional_tensor_data_names)]
-    assert sum(part.nbytes for part in parts if part is not None) == weight_bytes((384, 256), quant, 2)
+    names, _ = layer.weight.__tensor_flatten__()
+    assert sum(getattr(layer.weight, name).nbytes for name in names) == weight_bytes((384, 256), quant, 2)
 
 
 def test_networks_of_videos_are_not_flat(folder_of):
     flat = {name: is_flat(network) for name, network in estimate(folder_of("text, SDXL"), "text, SDXL").traced.networks.items()}
-    assert flat == {"vae": True, "unet": True, "text_encoder_2": False}
+    assert flat == {"vae": True, "unet": True, "text_encoder": False, "text_encoder_2": False}
     assert not any(is_flat(network) for network in estimate(folder_of("video, Wan"), "video, Wan").traced.networks.values())

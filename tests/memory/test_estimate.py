@@ -161,7 +161,10 @@ def test_a_folder_without_anything_and_one_without_a_component(tmp_path):
 def test_a_network_by_itself_is_what_it_is_in_its_pipeline(model, part, kind, tmp_path):
     inside, alone = CONFIGS / model / part, shutil.copytree(CONFIGS / model / part, tmp_path / "alone")
     a, b = estimate_vram(inside), estimate_vram(alone)
-    assert a.loaded == b.loaded and abs(a.peak_allocated / b.peak_allocated - 1) < .02
+    assert a.loaded == b.loaded
+    if part == "text_encoder_3":  # 256 tokens for Stable Diffusion 3, 512 alone; scores grow with the square, and older releases keep them in fp32 twice
+        assert 2 < b.peak_run.activations / a.peak_run.activations < 4
+    else: assert abs(a.peak_allocated / b.peak_allocated - 1) < .01
     for folder in (inside, alone):
         best = plan_vram(folder, "64GB").best
         compile(best.code, "plan", "exec")
@@ -456,6 +459,23 @@ def test_a_pipeline_that_cannot_be_played_through_says_so(alias, kind, tmp_path)
     found = estimate_vram(folder)
     assert found.traced.lower_bound and found.peak_allocated > found.loaded > 2**30
     assert "the peak is a lower bound" in str(found) and "the peak is a lower bound" in json.dumps(found.to_dict())
+
+
+def test_a_plan_says_of_every_way_that_its_peak_is_a_lower_bound(tmp_path, capsys):
+    folder = as_pipeline(with_settings(tmp_path / "m", None, alias="sd15"), "NoSuchPipeline")
+    assert main(["plan", str(folder), "--budget", "8GB", "--device", "cuda"]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "GiB" in line and "budget" not in line]
+    assert any("(lower bound)" in line for line in rows)
+    plan = plan_vram(folder, "8GB", device="cuda")
+    assert plan.options and all("(lower bound)" in row for row in str(plan).splitlines() if row.lstrip().startswith(("fp", "bf", "int8", "nf4")))
+    assert all(option["lower_bound"] for option in plan.to_dict()["options"])
+
+
+@pytest.mark.parametrize("words, settings", [
+    (["--vae", "fp32", "--no-guidance"], {"vae": "fp32", "guidance": False}), (["--lora", "4", "--guidance"], {"lora": 4, "guidance": True})])
+def test_the_command_hands_every_option_to_the_planner(words, settings, capsys):
+    assert main(["plan", "tiny-sdxl", "--budget", "1GB", "--device", "cpu", "--json", *words]) == 0
+    for option in json.loads(capsys.readouterr().out)["options"]: assert settings.items() <= option["setup"].items()
 
 
 def test_a_pipeline_that_refuses_its_own_networks_is_refused(tmp_path):

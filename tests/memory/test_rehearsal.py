@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from devsky_nb.hub.load import build_network, quiet
+from devsky_nb.hub.load import quiet
 from devsky_nb.memory import rehearsal
-from devsky_nb.memory.configs import class_in, network_class, pipeline_kind
+from devsky_nb.memory.configs import class_in, pipeline_kind
 from devsky_nb.memory.inputs import Workload
 from devsky_nb.memory.rehearsal import arguments, describe, ENTRIES, rehearse, texts_cleaned
-from tiny_pipelines import PIPELINES, write_pipeline
+from tiny_pipelines import PIPELINES, random_network, write_pipeline
 
 VIDEO = ("Wan", "LTX", "HunyuanVideo", "CogVideo", "StableVideo", "AnimateDiff", "T2V", "Mochi")
 AT_ONCE = {"StableDiffusionXLInpaintPipeline", "QwenImagePipeline", "WanPipeline"}  # at once: an image and a mask, a language model, a video
@@ -35,12 +35,6 @@ def really_given(folder, workload, monkeypatch):
     "What each network of a real pipeline with random weights is called with."
     found = []
 
-    def real_network(part):
-        torch.manual_seed(0)
-        network = build_network(network_class(part), part)
-        if hasattr(network, "tie_weights"): network.tie_weights()
-        return network.float().eval().requires_grad_(False)
-
     def note(name, entry, args, kwargs):
         said = [name, entry, shape_of(describe(list(args))), shape_of({k: describe(v) for k, v in kwargs.items()})]
         if said not in found: found.append(said)
@@ -55,7 +49,7 @@ def really_given(folder, workload, monkeypatch):
             finally: inside.now = False
         return called
 
-    monkeypatch.setattr(rehearsal, "meta_network", real_network)
+    monkeypatch.setattr(rehearsal, "meta_network", random_network)
     parts = rehearsal.cast(folder)
     cls = class_in("diffusers", pipeline_kind(folder))
     known = inspect.signature(cls.__init__).parameters

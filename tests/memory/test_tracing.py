@@ -13,6 +13,7 @@ from devsky_nb.memory.configs import CONFIGS, config_folder, meta_network, netwo
 from devsky_nb.memory.inputs import Switches, Workload
 from devsky_nb.memory.traces import (PACKAGED_TRACES, current_releases, is_current, read_trace, take_trace, trace_key,
                                      trace_network, write_trace)
+from published import PUBLISHED_TRACES, questions
 from traces import usual
 
 MIB = 2**20
@@ -61,6 +62,15 @@ def test_a_trace_of_the_package_is_what_tracing_gives(model):
     for question in usual(model):
         kept = read_trace(PACKAGED_TRACES / f"{trace_key(*question)}.npz")
         assert same(kept, take_trace(*question)), "run make traces"
+
+
+@packaged
+@pytest.mark.slow
+def test_the_traces_of_published_figures_are_what_tracing_gives(monkeypatch):
+    monkeypatch.setattr(module, "MORE_TRACES", [PUBLISHED_TRACES])
+    asked = questions()
+    assert {f"{key}.npz" for key in asked} == {file.name for file in PUBLISHED_TRACES.iterdir()}, "run make traces"
+    for key, question in asked.items(): assert same(read_trace(PUBLISHED_TRACES / f"{key}.npz"), take_trace(*question)), "run make traces"
 
 
 @pytest.fixture
