@@ -83,7 +83,7 @@ def unknown_format(data: bytes) -> DevSkyyError:  # to be raised
     found = f"looks like {looks_like}" if looks_like else first_bytes(data)
     remedy = "save it as JPEG or PNG" if looks_like else "if it is an image, save it as JPEG or PNG"
     if looks_like == "HEIC":
-        remedy += ", or open it with pillow-heif and pass the opened image"
+        remedy += ", or install pillow-heif, which reads it (pip install 'devsky_nb[heif]')"
     return load_error("unknown-format", f"{found}: {remedy}; can be read: {', '.join(FORMATS)}")
 
 # %% ../../nbs/images/05_decode.ipynb #3ad01002
@@ -97,6 +97,14 @@ def open_jpeg(data: bytes) -> ImageFile.ImageFile:
     except Exception:
         return image
 
+def open_heif(data: bytes) -> ImageFile.ImageFile:
+    "A HEIC, if there is a library that reads it; turned as the file says, and of 8 bits."
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        raise unknown_format(data) from None
+    return HeifImageFile(io.BytesIO(data), "")
+
 OPENERS = {"JPEG": open_jpeg, "TIFF": lambda data: Tiff(io.BytesIO(data), "")}
 
 def open_encoded(data: bytes) -> ImageFile.ImageFile:  # header read, no pixel decoded
@@ -104,7 +112,7 @@ def open_encoded(data: bytes) -> ImageFile.ImageFile:  # header read, no pixel d
     if not data:
         raise load_error("empty", "no bytes at all")
     if data[4:8] == b"ftyp" and guess_format(data) == "HEIC":  # some say so only after a brand that AVIF has too
-        raise unknown_format(data)
+        return open_heif(data)
     for name, module in FORMATS.items():
         if name not in Image.OPEN:
             import_module(module)

@@ -1,6 +1,6 @@
 """What hangs on an image never costs it: oversized, damaged and hostile metadata, films behind a JPEG, lists of further images; and what is
 no image that is read, named with its remedy."""
-import io, os, random, struct, time, zlib
+import io, os, random, struct, sys, time, zlib
 
 import numpy as np, psutil, pytest
 from PIL import Image, ImageCms, ImageFile
@@ -258,7 +258,8 @@ def test_a_damaged_list_of_images_never_costs_the_first():
     (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"), (b"\xff\x4f\xff\x51" + bytes(12), "JPEG 2000"), (b"\xff\x0a" + bytes(12), "JPEG XL"),
     (b"II\xbc\1" + bytes(12), "JPEG XR"), (b"DDS |" + bytes(12), "DDS"), (b"8BPS\0\1", "Photoshop"), (b"%PDF-1.7", "PDF"),
     (b"\0\0\1\0\1\0", "an icon"), (b"<svg xmlns='x'/>", "SVG")])
-def test_what_is_not_read_is_named_with_its_remedy(data, name):
+def test_what_is_not_read_is_named_with_its_remedy(data, name, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)  # as where it is not installed
     expected = f"looks like .*{name}.*: save it as JPEG or PNG.*; can be read: JPEG, PNG"
     with pytest.raises(ValidationError, match=expected) as caught: load_image(data)
     assert ("pillow-heif" in str(caught.value)) == (name == "HEIC") and caught.value.details["reason"] == "unknown-format"

@@ -1,6 +1,7 @@
 "What people's folders, lists and tars really hold is read, or named with a reason: nothing vanishes."
 import io, json, os, subprocess, sys, tarfile
 from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 
 import pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
@@ -15,7 +16,7 @@ from devsky_nb.images.kinds import HIDDEN, LIST, NO_IMAGE, PACKED, RAW, UNKNOWN
 from devsky_nb.images.lists import ListedImages
 from devsky_nb.images.sources import AnyImages, open_source, slices
 from devsky_nb.images.tables import ParquetImages
-from devsky_nb.images.tars import EMPTY, NESTED, TarShards
+from devsky_nb.images.tars import EMPTY, NESTED, SIDE_CAR, TarShards
 
 
 def image(format="JPEG"):
@@ -56,12 +57,12 @@ def test_files_are_what_their_bytes_say_where_the_name_says_nothing(tmp_path):
     jpeg, png = image(), image("PNG")
     write(tmp_path, {"4f1c": jpeg, "a.jpg?w=600": jpeg, "b.jpg_large": jpeg, "c.JPEG": b"", "d.jfif": b"", "e.tmp": png, "f.bin": image("WEBP"),
                      "g": image("GIF"), "h": image("TIFF"), "i": image("BMP"), "README": b"hello", "j.jpg?w=1": b"<html>", "empty": b"",
-                     "k.cr2": b"II*\0raw", "list.csv": b"path\n", "l.txt": b"text", "m.tar.gz": b"\x1f\x8b", "n.ZIP": b"PK", "o": b"PK\3\4",
+                     "k.cr2": b"II*\0raw", "list.csv": b"path\n", "l.txt": b"text", "m.tar.gz": b"\x1f\x8b", "n.RAR": b"Rar!", "o": b"PK\3\4",
                      ".DS_Store": b"x", "Thumbs.db": b"x", "__MACOSX/._a.jpg": jpeg, ".git/x.jpg": jpeg})
     ids, left = account(tmp_path)
     assert ids == ["4f1c", "a.jpg?w=600", "b.jpg_large", "c.JPEG", "d.jfif", "e.tmp", "f.bin", "g", "h", "i"]
     assert left == {HIDDEN: [".DS_Store", ".git", "Thumbs.db", "__MACOSX"], UNKNOWN: ["README", "empty", "j.jpg?w=1"], RAW: ["k.cr2"],
-                    NO_IMAGE: ["l.txt"], LIST: ["list.csv"], PACKED: ["m.tar.gz", "n.ZIP", "o"]}
+                    NO_IMAGE: ["l.txt"], LIST: ["list.csv"], PACKED: ["m.tar.gz", "n.RAR", "o"]}
 
 
 def test_each_real_folder_is_read_once_however_it_is_linked(tmp_path):
@@ -111,14 +112,14 @@ def test_vectors_that_lie_among_the_images_are_no_part_of_them(tmp_path):
 
 
 def test_what_is_left_out_is_counted_whole_and_named_in_part(tmp_path):
-    write(tmp_path, {f"{i:04}.json": b"{}" for i in range(300)} | {"a.zip": b""})
+    write(tmp_path, {f"{i:04}.json": b"{}" for i in range(300)} | {"a.7z": b""})
     left = Account()
     assert sum(len(s) for s in slices(AnyImages(tmp_path), leave_out=left.add)) == 0
-    assert left.counts == {NO_IMAGE: 300, PACKED: 1} and len(left.named) == 101 and ("a.zip", PACKED) in left.named
+    assert left.counts == {NO_IMAGE: 300, PACKED: 1} and len(left.named) == 101 and ("a.7z", PACKED) in left.named
     assert left_out_lines(left.named, left.counts)[0] == "300 left out ('0000.json', '0001.json', '0002.json', …): no image, by its name"
 
 
-@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.zip", "a.tar.zst", "a.7z", "notes.txt"])
+@pytest.mark.parametrize("name", ["a.tar.gz", "a.tgz", "a.rar", "a.tar.zst", "a.7z", "notes.txt"])
 def test_a_folder_of_which_nothing_is_read_is_an_error_that_says_why(tmp_path, name):
     write(tmp_path / "s", {name: b"x", ".hidden": b""})
     with closing(SourcePlan(tmp_path / "plan", 10)) as plan:
@@ -156,6 +157,14 @@ def test_members_are_judged_like_files(tmp_path):
                     NESTED: ["s.tar/more.tar", "s.tar/more.zip"]}
 
 
+def test_side_cars_of_an_image_are_called_what_they_are(tmp_path):
+    make_tar(tmp_path / "s.tar", [("a/1.cls", b"7"), ("a/1.front.jpg", image()), ("a/1.json", b"{}"), ("a/2.txt", b"alone"), ("a/3.jpg", image()), ("b/3.txt", b"elsewhere"), ("4.txt", b""), ("4.npy", b""),
+                                  ("4.png", image()), *((f"5.{n}.txt", b"") for n in range(250)), ("5.jpg", image())])
+    ids, left = account(tmp_path / "s.tar")
+    assert ids == ["s.tar/a/1.front.jpg", "s.tar/a/3.jpg", "s.tar/4.png", "s.tar/5.jpg"]
+    assert left[SIDE_CAR][:3] == ["s.tar/a/1.cls", "s.tar/a/1.json", "s.tar/4.txt"] and {"s.tar/a/2.txt", "s.tar/b/3.txt", "s.tar/4.npy"} <= set(left[NO_IMAGE])
+
+
 def test_members_of_one_name_have_a_row_each(tmp_path):
     make_tar(tmp_path / "s.tar", [("a.jpg", b"1"), ("a.jpg", b"2"), ("a.jpg@2560", image()), ("a.jpg", b"4")])
     with tarfile.open(tmp_path / "s.tar", "a") as tar:
@@ -172,17 +181,23 @@ def test_members_of_one_name_have_a_row_each(tmp_path):
 
 # what is given
 
-REMOTE = ["s3://b/{0..1}.tar", "https://x.example/a.jpg", "https:/x.example/a.jpg", "gs://b/a", "hf://datasets/o/n/0.parquet", "file:///tmp/a.jpg",
-          "abfss://c@a/x.csv", "data:image/png;base64,iVBOR", "pipe:aws s3 cp s3://b/0.tar -", Path("https://x.example/a.tar")]
+REMOTE = ["https:/x.example/a.jpg", "carrier-pigeon://b/{0..1}.tar", "abfss://c@a/x.csv", "data:image/png;base64,iVBOR", "pipe:aws s3 cp s3://b/0.tar -",
+          "simplecache://x/a.jpg", Path("https://x.example/a.tar")]
+UNREACHABLE = [*REMOTE, "file:///tmp/a.jpg"] + ["s3://b/{0..1}.tar"] * (find_spec("s3fs") is None) + ["gs://b/a"] * (find_spec("gcsfs") is None)
 
 
-@pytest.mark.parametrize("address", REMOTE, ids=str)
-def test_remote_addresses_are_one_error_before_any_work(tmp_path, address):
+@pytest.mark.parametrize("address", UNREACHABLE, ids=str)
+def test_what_cannot_be_reached_is_one_error_before_any_work(tmp_path, address):
     (tmp_path / "list.txt").write_text(f"a.jpg\n{address}\n", encoding="utf-8")
     for source in (address, [address], ["a.jpg", ("id", address)], TarShards(address), ParquetImages(address), tmp_path / "list.txt"):
-        with pytest.raises(ValidationError, match="remote address, and those are not read. Download it first"):
+        with pytest.raises(ValidationError, match="is a remote address, and those .*are not read. Download it first|needs a package .*install|give the path of the file"):
             with closing(SourcePlan(tmp_path / "plan", 10)) as plan: plan.fill(open_source(source))
-    with pytest.raises(ValidationError, match="remote address"): read_image_set(address)
+    with pytest.raises(ValidationError, match="remote address|needs a package|give the path"): read_image_set(address)
+
+
+def test_an_image_set_has_no_addresses(tmp_path):
+    for address in ("https://x.example/a.csv", "memory://x"):
+        with pytest.raises(ValidationError, match="those are not read here. Download it first"): read_image_set(address)
 
 
 def test_local_names_with_a_colon_are_files(tmp_path, monkeypatch):
@@ -191,23 +206,19 @@ def test_local_names_with_a_colon_are_files(tmp_path, monkeypatch):
     assert account("shop:a.jpg")[0] == ["shop:a.jpg"] and account(["C:/a.jpg", "ns:/b.jpg"])[0] == ["C:/a.jpg", "ns:/b.jpg"]
 
 
-class Polars:
-    "As a DataFrame of polars looks to us."
+class Modin:
+    "As a DataFrame of a library looks that is not known."
     columns, shape = ["sku", "image_path"], (1, 2)
-    def __iter__(self): return iter([["A1"], ["a.jpg"]])
+    def __iter__(self): return iter(["sku", "image_path"])
 
 
-@pytest.mark.parametrize("table, says", [
-    (pd.DataFrame({"path": ["a.jpg"], "id": [1]}), r"a DataFrame is no source: give its column of paths, table\['path'\], or ids and paths, zip\(table\['id'\], table\['path'\]\)"),
-    (Polars(), r"zip\(table\['sku'\], table\['image_path'\]\).*Its columns: sku, image_path"),
-    (pa.table({"path": ["a.jpg"]}), r"table\['path'\].to_pylist\(\); or write it as Parquet"),
-    ({"images": [{"path": "a.jpg"}]}, "an image set is no source: give pairs"), ({"a.jpg", "b.jpg"}, r"no order: give sorted\(paths\)"),
-    ({"path": "a.jpg"}, "is no source")], ids=["pandas", "polars", "arrow", "image set", "set", "dict"])
-def test_tables_in_memory_are_refused_with_the_right_call(table, says):
-    with pytest.raises(ValidationError, match=says): open_source(table)
+@pytest.mark.parametrize("source, says", [(Modin(), "a Modin is no source: make it a DataFrame of pandas or polars"), ({"images": [{"path": "a.jpg"}]}, "an image set is no source: give pairs"),
+                                          ({"a.jpg", "b.jpg"}, r"no order: give sorted\(paths\)"), ({"path": "a.jpg"}, "is no source")], ids=["frame", "image set", "set", "dict"])
+def test_what_is_no_source_is_refused_with_the_right_call(source, says):
+    with pytest.raises(ValidationError, match=says): open_source(source)
 
 
-def test_the_calls_that_the_refusal_names_work(tmp_path):
+def test_columns_of_a_table_are_sources_too(tmp_path):
     table = pd.DataFrame({"path": ["a.jpg", "b.jpg"], "sku": [1, 2]}).astype({"path": "category", "sku": "str"})
     assert account(table["path"])[0] == ["a.jpg", "b.jpg"] and account(zip(table["sku"], table["path"]))[0] == ["1", "2"]
     table.to_parquet(tmp_path / "t.parquet")
@@ -302,8 +313,8 @@ def test_several_images_in_a_row_are_refused_by_name(tmp_path, column):
         account(ParquetImages(tmp_path / "t.parquet", id_column="sku"))
 
 
-def test_a_remote_address_in_a_table_is_a_row(tmp_path):
-    pq.write_table(pa.table({"path": ["https://x.example/a.jpg", "a.jpg"]}), tmp_path / "t.parquet")
+def test_an_address_that_nobody_can_follow_is_a_row_of_its_table(tmp_path):
+    pq.write_table(pa.table({"path": ["carrier-pigeon://a.jpg", "a.jpg"]}), tmp_path / "t.parquet")
     first, second = [item for s in slices(open_source(tmp_path / "t.parquet")) for item in s.items()]
     assert first.problem[0] == "remote" and second.problem is None and isinstance(second, Item)
 
