@@ -13,7 +13,7 @@ from typing import Any
 
 from .._core import damaged, read_json
 from ..errors import ModelLoadError, ValidationError
-from .weights import read_index
+from .weights import is_open_clip, OPEN_CLIP, read_index
 
 # %% ../../nbs/hub/08_configs.ipynb #c0f60006
 NAMES_CODE = ("auto_map", "custom_pipeline", "custom_pipelines", "custom_generate",  # Python files of the repository
@@ -98,6 +98,7 @@ LAYERS = re.compile(r"(num|n)_(\w+_)?(layers?|blocks|depths?)|\w*layers_per_bloc
 WIDTHS = re.compile(r"(\w+_)?(size|dims?|channels|heads|features|width|groups)|d_model|d_ff|d_kv")
 LIMITS = ((POSITIONS, 100_000_000), (VOCABULARY, 10_000_000), (LAYERS, 1_000), (WIDTHS, 1_000_000))
 BLOCKS = re.compile(r"\w*(block|_types)\w*")
+STAGES = "out_features"  # the names of layers, in networks that can be another's image half
 MOST_BLOCKS = 1_000  # of a network, each with its own type or width
 
 def numbers_in(value: object) -> Iterator[object]:
@@ -110,7 +111,7 @@ def numbers_in(value: object) -> Iterator[object]:
 def check_size(file: Path, field: str, value: object) -> None:
     "Refuse a number of layers, or a width, that no network has."
     name = field.rpartition(".")[2]
-    limit = next((limit for pattern, limit in LIMITS if pattern.fullmatch(name)), None)
+    limit = next((limit for pattern, limit in LIMITS if pattern.fullmatch(name) and name != STAGES), None)
     if isinstance(value, list) and len(value) > MOST_BLOCKS and (limit or BLOCKS.fullmatch(name)):
         why = f"has {len(value):,} entries, and no network has more than {MOST_BLOCKS:,}"
         raise refused(file, field, value, why, AGAIN)
@@ -125,6 +126,7 @@ def check_size(file: Path, field: str, value: object) -> None:
 CONFIGURATIONS = ("config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
                   "video_preprocessor_config.json", "tokenizer_config.json", "scheduler_config.json",
                   "audio_tokenizer_config.json", "adapter_config.json")
+NOT_OPEN_CLIPS = ("config.json", "preprocessor_config.json", "processor_config.json")  # that it does not read
 LABELS = ("id2label", "label2id", "added_tokens_decoder", "chat_template")
 
 def fields(value: object, within: str = "") -> Iterator[tuple[str, object]]:
@@ -145,22 +147,27 @@ def check_fields(file: Path, config: Mapping[str, Any]) -> None:
         check_quantization(file, field, value)
         check_class_names(file, field, value)
         inside_quantization = any(name in QUANTIZATION for name in field.split("."))
-        if file.name == "config.json" and not inside_quantization: check_size(file, field, value)
+        if file.name in ("config.json", OPEN_CLIP) and not inside_quantization: check_size(file, field, value)
 
 def configurations(folder: Path) -> Iterator[Path]:
     "The configurations in a model's folder and in those of its components."
     parts = sorted(path for path in folder.iterdir() if path.is_dir())
     for place in (folder, *parts):
-        for name in CONFIGURATIONS:
-            if os.path.lexists(place / name): yield place / name
+        unread = NOT_OPEN_CLIPS if is_open_clip(place) else ()
+        for name in (*CONFIGURATIONS, OPEN_CLIP):
+            if name not in unread and os.path.lexists(place / name): yield place / name
 
 # %% ../../nbs/hub/08_configs.ipynb #c0f60017
 LIBRARIES = ("diffusers", "transformers")
 SAFETY_CHECKER = "StableDiffusionSafetyChecker"
 PIPELINE_PARTS = {  # that lie with a pipeline of diffusers: module and class, as an index names them -> where they are
+    ("stable_diffusion", SAFETY_CHECKER): "diffusers.pipelines.stable_diffusion.safety_checker",
     ("kolors", "ChatGLMModel"): "diffusers.pipelines.kolors.text_encoder",
     ("kolors", "ChatGLMTokenizer"): "diffusers.pipelines.kolors.tokenizer",
-    ("ltx", "LTXLatentUpsamplerModel"): "diffusers.pipelines.ltx.modeling_latent_upsampler"}
+    ("ltx", "LTXLatentUpsamplerModel"): "diffusers.pipelines.ltx.modeling_latent_upsampler",
+    ("ltx2", "LTX2TextConnectors"): "diffusers.pipelines.ltx2.connectors",
+    ("ltx2", "LTX2Vocoder"): "diffusers.pipelines.ltx2.vocoder",
+    ("ltx2", "LTX2VocoderWithBWE"): "diffusers.pipelines.ltx2.vocoder"}
 
 def check_index(folder: Path) -> None:
     "Refuse a pipeline with parts from elsewhere than diffusers and transformers."
@@ -173,7 +180,7 @@ def check_index(folder: Path) -> None:
     for name, entry in index.items():
         if name.startswith("_") or not isinstance(entry, list) or not isinstance(entry[0], str): continue
         library, cls = entry
-        if [library, cls] == ["stable_diffusion", SAFETY_CHECKER] or (library, cls) in PIPELINE_PARTS: continue
+        if (library, cls) in PIPELINE_PARTS: continue
         if library not in LIBRARIES or not CLASS.fullmatch(cls):
             why = f"wants code from {library!r}: only transformers and diffusers may be used"
             raise refused(file, name, entry, why, "Choose another model")

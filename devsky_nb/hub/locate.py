@@ -108,8 +108,10 @@ def not_here(spec: ModelSpec,
                               details=details, original_error=error)
 
 # %% ../../nbs/hub/09_locate.ipynb #dc65c9d1
-WANTED = {"clip": ("only CLIP models (model_type clip) are embedded", "tiny-clip"),
-          "sdxl": ("only Stable Diffusion XL pipelines are drawn with", "tiny-sdxl")}
+IMAGE_KINDS = ("clip", "siglip", "dinov2", "dinov3", "vit", "open_clip")
+WANTED = {"image": (IMAGE_KINDS, "only models that see images are embedded with", "tiny-clip"),
+          "clip": (("clip",), "only CLIP models (model_type clip) are embedded with here", "tiny-clip"),
+          "sdxl": (("sdxl",), "only Stable Diffusion XL pipelines are drawn with", "tiny-sdxl")}
 
 @contextmanager
 def wanting(kind: str,  # of `WANTED`
@@ -117,21 +119,22 @@ def wanting(kind: str,  # of `WANTED`
             known: Mapping[str, ModelSpec] = KNOWN,
             ) -> Iterator[None]:
     "Say which kind of model is wanted, if a name means another, or one that is not here."
-    only, instead = WANTED[kind]
+    kinds, only, instead = WANTED[kind]
     spec = None
     if isinstance(name, str) and not is_model_folder(name):
         try: spec = find_spec(name, known)
         except ValidationError: pass  # whoever looks for it says more
-    if spec is not None and spec.kind not in (None, kind):
+    if spec is not None and spec.kind not in (None, *kinds):
         raise ValidationError(f"{name} is a model of kind {spec.kind!r}, and {only}, such as {instead}",
                               details={"model": str(name), "kind": spec.kind, "wanted": kind})
     try: yield
     except ModelNotFoundError as e:
-        if spec is None or spec.kind is not None or "remedies" not in e.details: raise
+        if spec is None or spec.kind in ("clip", "sdxl") or "remedies" not in e.details: raise
         where = " where HF_HUB_OFFLINE is not set" if "HF_HUB_OFFLINE" in e.message else ""
         remedies = [e.details["remedies"][0], f"--model {instead}"]
         what = e.message.partition(". Fetch it with")[0]
-        message = f"{what}; {only}: if it is one, `{remedies[0]}` fetches it{where}"
+        if spec.kind is not None: message = f"{what}; `{remedies[0]}` fetches it{where}"
+        else: message = f"{what}; {only}: if it is one, `{remedies[0]}` fetches it{where}"
         raise ModelNotFoundError(f"{message}. Or do without it: `{remedies[1]}`",
                                  details=e.details | {"remedies": remedies}, original_error=e.original_error)
 
@@ -201,7 +204,8 @@ def fetch(spec: ModelSpec,
 
 # %% ../../nbs/hub/09_locate.ipynb #a17f0002
 CONFIGURATION_FILES = ("model_index.json", *(folder + name for folder in ("", "*/") for name in (
-    "config.json", "preprocessor_config.json", "tokenizer_config.json", "scheduler_config.json", "adapter_config.json")))
+    "config.json", "open_clip_config.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer_config.json", "scheduler_config.json", "adapter_config.json")))
 CONFIGURATION_LIMITS = FetchLimits(seconds=120, bytes=16 * 2**20)
 
 def fetch_configuration(spec: ModelSpec,
@@ -330,6 +334,19 @@ def mend_snapshot(source: HubSource, folder: Path) -> str:
     if any(folder.rglob("*.safetensors")): return f"Fetch it again with {repair(source.spec, folder)}"
     name = title(source.spec, source.revision)
     return f"{name} cannot be used without pickles: choose another revision, or another model"
+
+# %% ../../nbs/hub/09_locate.ipynb #ae5c3f40
+def small_files(source: ModelSource,
+                cache_dir: str | Path | None,
+                offline: bool | None,
+                ) -> tuple[Path, list[str]]:  # the folder; the names of all files that the model has, if they are known
+    "A model's folder with its configuration, fetched if need be, and no weights."
+    if isinstance(source, LocalSource): return source.folder, sorted(path.name for path in source.folder.iterdir())
+    spec = source.spec
+    try: folder = cached_snapshot(spec, source.revision, cache_dir)
+    except ModelLoadError: folder = None  # its ref cannot be read, and is written anew
+    if folder is None: folder = fetch_configuration(spec, source.revision, cache_dir, offline)
+    return folder, listed_files(spec, folder.name, cache_dir)
 
 # %% ../../nbs/hub/09_locate.ipynb #ae5c3f3e
 def locate_model(name: str | Path,  # alias, "org/name" on the Hub, or a local folder

@@ -20,10 +20,14 @@ from .pins import COMMIT
 from .settings import absolute_path, hub_cache
 
 # %% ../../nbs/hub/06_models.ipynb #071b7efa
-KINDS = ("clip", "siglip", "sd", "sdxl", "sd3", "flux", "pixart", "flux2", "qwen-image", "z-image", "chroma", "sana",
-         "auraflow", "cogview4", "lumina2", "wan", "ltx", "hunyuanvideo", "cogvideox")
+KINDS = ("clip", "siglip", "dinov2", "dinov3", "vit", "open_clip",
+         "sd", "sdxl", "sd3", "flux", "pixart", "flux2", "qwen-image", "z-image", "chroma", "sana",
+         "auraflow", "cogview4", "lumina2", "kolors", "hidream", "hunyuandit", "kandinsky", "wan", "ltx", "hunyuanvideo",
+         "cogvideox")
 UNSAFE = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".h5", ".msgpack", ".py")
 CLIP_FILES = ("*.safetensors", "*.json", "merges.txt", "vocab.txt")
+OPEN_CLIP_FILES = ("open_clip_config.json", "open_clip_model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                   "special_tokens_map.json")  # the rest of such a repository is for other libraries
 SDXL_PARTS = ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 PART_FILES = ("*.json", "*.txt", "*.fp16.safetensors")
 SDXL_FILES = ("model_index.json", *(f"{part}/{file}" for part in SDXL_PARTS for file in PART_FILES))
@@ -112,10 +116,20 @@ CLIP_MODELS = (
     ModelSpec("tiny-clip", "devsky_nb/tiny-clip", "clip", license="Apache-2.0", bundled=True),
     ModelSpec("clip-vit-base", "openai/clip-vit-base-patch32", "clip"),
     ModelSpec("clip-vit-base-16", "openai/clip-vit-base-patch16", "clip"),
-    ModelSpec("clip-vit-large", "openai/clip-vit-large-patch14", "clip"),
+    ModelSpec("clip-vit-large", "openai/clip-vit-large-patch14", "clip", size_bytes=1_710_000_000),
     ModelSpec("clip-bigg", "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k", "clip", license="MIT"),
     ModelSpec("siglip-base", "google/siglip-base-patch16-224", "siglip", allow_patterns=ANY_FILES,
               license="Apache-2.0"),
+)
+
+IMAGE_MODELS = (  # sizes and licences as the Hub's pages show them; DINOv3's conditions are to be accepted there first
+    ModelSpec("siglip2-base", "google/siglip2-base-patch16-224", "siglip", allow_patterns=ANY_FILES,
+              license="Apache-2.0"),
+    ModelSpec("fashion-clip", "patrickjohncyh/fashion-clip", "clip", license="MIT", size_bytes=605_000_000),
+    ModelSpec("marqo-fashionsiglip", "Marqo/marqo-fashionSigLIP", "open_clip", allow_patterns=OPEN_CLIP_FILES,
+              license="Apache-2.0", size_bytes=813_000_000),
+    ModelSpec("dinov2-base", "facebook/dinov2-base", "dinov2", license="Apache-2.0", size_bytes=346_000_000),
+    ModelSpec("dinov3-base", "facebook/dinov3-vitb16-pretrain-lvd1689m", "dinov3", license="dinov3-license"),
 )
 
 IMAGE_PIPELINES = (
@@ -153,6 +167,13 @@ IMAGE_PIPELINES = (
     ModelSpec("auraflow", "fal/AuraFlow-v0.3", "auraflow"),
     ModelSpec("cogview4", "zai-org/CogView4-6B", "cogview4", license="Apache-2.0"),
     ModelSpec("lumina2", "Alpha-VLLM/Lumina-Image-2.0", "lumina2", license="Apache-2.0"),
+    ModelSpec("kolors", "Kwai-Kolors/Kolors-diffusers", "kolors", variant="fp16"),
+    ModelSpec("hidream-i1-full", "HiDream-ai/HiDream-I1-Full", "hidream", license="MIT"),
+    ModelSpec("hidream-i1-dev", "HiDream-ai/HiDream-I1-Dev", "hidream", license="MIT"),
+    ModelSpec("hunyuandit", "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", "hunyuandit"),
+    ModelSpec("kandinsky22", "kandinsky-community/kandinsky-2-2-decoder", "kandinsky", license="Apache-2.0"),
+    ModelSpec("kandinsky22-prior", "kandinsky-community/kandinsky-2-2-prior", "kandinsky", license="Apache-2.0"),
+    ModelSpec("kandinsky5-t2i-lite", "kandinskylab/Kandinsky-5.0-T2I-Lite-sft-Diffusers", "kandinsky", license="MIT"),
 )
 
 VIDEO_PIPELINES = (
@@ -161,6 +182,8 @@ VIDEO_PIPELINES = (
     ModelSpec("wan22-t2v-a14b", "Wan-AI/Wan2.2-T2V-A14B-Diffusers", "wan"),
     ModelSpec("wan22-ti2v-5b", "Wan-AI/Wan2.2-TI2V-5B-Diffusers", "wan"),
     ModelSpec("ltx-video", "Lightricks/LTX-Video", "ltx"),
+    ModelSpec("ltx2", "Lightricks/LTX-2", "ltx"),
+    ModelSpec("kandinsky5-t2v-lite", "kandinskylab/Kandinsky-5.0-T2V-Lite-sft-5s-Diffusers", "kandinsky", license="MIT"),
     ModelSpec("hunyuanvideo", "hunyuanvideo-community/HunyuanVideo", "hunyuanvideo"),
     ModelSpec("cogvideox-2b", "zai-org/CogVideoX-2b", "cogvideox", license="Apache-2.0"),
     ModelSpec("cogvideox-5b", "zai-org/CogVideoX-5b", "cogvideox"),
@@ -170,7 +193,8 @@ def with_files(spec: ModelSpec) -> ModelSpec:
     "A pipeline with the patterns of its files: all of SDXL's parts are known, and they have half precision."
     return replace(spec, allow_patterns=SDXL_FILES if spec.alias in ("tiny-sdxl", "sdxl-base") else PIPELINE_FILES)
 
-KNOWN = {spec.alias: spec for spec in (*CLIP_MODELS, *map(with_files, (*IMAGE_PIPELINES, *VIDEO_PIPELINES)))}
+PIPELINES = tuple(map(with_files, (*IMAGE_PIPELINES, *VIDEO_PIPELINES)))
+KNOWN = {spec.alias: spec for spec in (*CLIP_MODELS, *IMAGE_MODELS, *PIPELINES)}
 
 # %% ../../nbs/hub/06_models.ipynb #4911dfbd
 def mistyped(asked: str, repo_ids: Iterable[str]) -> list[str]:  # the nearest first

@@ -20,11 +20,13 @@ from .settings import hub_cache
 if TYPE_CHECKING: import torch
 
 # %% ../../nbs/hub/03_weights.ipynb #d58955b3
+OPEN_CLIP = "open_clip_config.json"
+
 def is_model_folder(path: str | Path) -> bool:
     "Whether a folder looks like a saved model or pipeline."
     folder = os.path.expanduser(path)
     if not folder: return False
-    return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "model_index.json"))
+    return any(os.path.isfile(os.path.join(folder, name)) for name in ("config.json", "model_index.json", OPEN_CLIP))
 
 # %% ../../nbs/hub/03_weights.ipynb #9e63ec59
 COMPONENT = re.compile(r"[A-Za-z]\w{0,63}")
@@ -86,8 +88,19 @@ def choose_variant(variants: set[str | None],  # those that are there
     if "fp16" in variants and (half or None not in variants): return "fp16"
     return None if None in variants or not variants else min(v for v in variants if v)
 
+OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "model.safetensors")
+
+def is_open_clip(folder: Path) -> bool:
+    "Whether a folder holds a model that open_clip saved, and that transformers does not know by itself."
+    if not (folder / OPEN_CLIP).is_file(): return False
+    try: config = read_json(folder / "config.json")
+    except ModelLoadError: return True
+    described = isinstance(config.get("vision_config"), dict) or "hidden_size" in config
+    return bool(config.get("auto_map")) or not (described and isinstance(config.get("model_type"), str))
+
 def network_files(part: Path) -> list[Path]:  # folder of one network
     "The files of weights in a folder, in all variants."
+    if is_open_clip(part): return [part / name for name in OPEN_CLIP_WEIGHTS if (part / name).is_file()][:1]
     return sorted(path for path in part.glob("*.safetensors") if is_weights_file(path))
 
 def weights_variant(part: Path,  # folder of one network
@@ -117,12 +130,21 @@ def _needed_in_folder(names: list[str], half: bool, variant: str | None) -> list
             needed.append(name)
     return needed
 
+def without_other_layout(names: list[str]) -> list[str]:
+    "The files of a repository; of two layouts, the one that needs no code of the repository."
+    own = [name for name in OPEN_CLIP_WEIGHTS[:2] if name in names]
+    if OPEN_CLIP not in names or not own: return names
+    has_code = any(name.endswith(".py") and "/" not in name for name in names)
+    if "config.json" in names and not has_code: return [name for name in names if name not in own]
+    return [name for name in names if name in own[:1] or "/" in name or not name.endswith(".safetensors")]
+
 def needed_files(listing: Iterable[str],  # of a repository, relative to its top
                  patterns: Iterable[str],  # of allowed files
                  variant: str | None = None,  # None: half precision for a pipeline that has it throughout
                  ) -> list[str]:
     "The files of a repository that a model needs: what is allowed, its weights in one variant."
     patterns = list(patterns)
+    listing = without_other_layout(list(listing))
     allowed = [name for name in listing if any(fnmatch(name, pattern) for pattern in patterns)]
     pipeline = "model_index.json" in allowed
     folders: dict[str, list[str]] = {}
@@ -184,13 +206,19 @@ def quantization_state(weight: "torch.nn.Parameter") -> list["torch.Tensor"]:
         found += [getattr(scales, name, None) for name in ("absmax", "code", "offset")]
     return [tensor for tensor in found if tensor is not None and hasattr(tensor, "untyped_storage")]
 
+def plain_tensors(tensor: Any) -> "list[torch.Tensor]":
+    "The tensors that lie in memory for one that is made of several, such as torchao's."
+    if not hasattr(tensor, "__tensor_flatten__"): return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_tensors(getattr(tensor, name))]
+
 def model_bytes(model: object) -> int:
     "Memory of all parameters and buffers, with the scales of quantized weights."
     tensors: list[torch.Tensor] = []
     for network in networks(model):
         tensors += network.buffers()
         for weight in network.parameters(): tensors += [weight, *quantization_state(weight)]
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    storages = [tensor.untyped_storage() for whole in tensors for tensor in plain_tensors(whole)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 def expected_bytes(folder: Path, dtype: "torch.dtype") -> int:
@@ -316,7 +344,7 @@ def file_digest(path: Path,  # a regular file
 def may_be_read(path: Path, loose: bool) -> bool:  # loose: not in the folder of a network
     "Whether a file can be a part of a model: settings, vocabularies, and weights in safetensors."
     if path.name.startswith(".") or not path.is_file(): return False
-    if path.suffix in WEIGHTS_SUFFIXES: return not loose and is_weights_file(path)
+    if path.suffix in WEIGHTS_SUFFIXES: return not loose and (is_weights_file(path) or path.name in OPEN_CLIP_WEIGHTS)
     return True
 
 def model_files(folder: Path) -> list[Path]:

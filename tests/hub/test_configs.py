@@ -437,7 +437,7 @@ def test_a_configuration_fetches_no_kernel_for_its_attention(kernels, name, clip
 
 
 READERS = ("from_pretrained", "from_config", "load_config", "from_single_file", "from_pipe")
-OWN = {"ClipPreprocessor",  # ours
+OWN = {"ImagePreprocessor",  # ours
        "DiffusersAutoQuantizer",  # reads a configuration that was checked
        "Scheduler"}  # of diffusers, which looks for no code
 
