@@ -1,19 +1,22 @@
 """Embedding JPEG files with a ViT-B/32 on this machine: the document's code, ours, the peers, and what the machine's
 matrix products allow.
 
-usage: python benchmarks/embedding.py [--peers-python PYTHON] [--images 64] [--rounds 5] [--sizes 640x427 1600x1200]
+usage: python benchmarks/embedding.py [--peers-python PYTHON] [--images 64] [--rounds 3] [--sizes 640x427 1600x1200]
 
 Method. All sides (sides.py) get the same weights (the shape of openai/clip-vit-base-patch32, random, saved once as
 the Hub holds it; speed does not depend on their values), the same list of files (scikit-image's photographs, cut and
 resized, JPEG at quality 90; in the page cache after the first pass) and batches of 32, and return normalised vectors.
 Each side lives in a process of its own, with as many threads as its libraries take by default, and waits for its turn
 without work: A B C … A B C …, after a warm-up. Ratios are taken round by round; what is shown is their median, as of
-everything else. "Model only" is the side's own model call on pixels that it prepared before. Memory is what a process
-held at most: until it was ready and warm, and while it embedded. The cosine is the smallest of a side's vectors to
-plain transformers in fp32. The limits are the best of several kernels at the model's shapes. "Auto" tries its
-backends on these very files before it is warm; what the trial took and chose is told, and is no part of the speeds.
-Peers run in the environment of --peers-python (peers.txt), without it in this one; a side that cannot run says why.
-Nothing is downloaded. The result goes to embedding.json, embedding.md and embedding.png.
+everything else. Processor time comes first: it is what the work costs, and clocks of shared machines lie. "Model only"
+is the side's own model call on pixels that it prepared before. Memory is what a process held at most: until it was
+ready and warm, and while it embedded. The cosine is the smallest of a side's vectors to plain transformers in fp32. The
+limits are the best of several kernels at the model's shapes. Peers run in the environment of --peers-python (peers.txt),
+without it in this one; a side that cannot run says why. Nothing is downloaded.
+
+A round during which other programs took more than 5% of the machine is done again; where that does not help, nothing is
+written. What was measured until then is kept in a file beside the result, and the same command goes on from there. There
+is one result for each kind of processor, in embedding.json, embedding.md and embedding-KIND.png.
 """
 import argparse, json, os, platform, shutil, statistics, subprocess, sys, tempfile, time
 from datetime import date
@@ -21,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-from sides import BATCH, HELPERS, SIDES
+from sides import BATCH, SIDES, USUAL
 
 HERE = Path(__file__).parent
 SET_BY_OTHERS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS",
@@ -48,6 +51,9 @@ def photographs(folder: Path, n: int, size: tuple[int, int]) -> list[str]:
 
 
 class SideFailed(Exception): "Why a side has no result."
+
+
+class Disturbed(Exception): "Other programs took too much of the machine."
 
 
 class Worker:
@@ -130,13 +136,20 @@ class Turn:
         return found
 
 
-def rounds(turn: Turn, n: int, f) -> dict[str, list[dict]]:
-    "`n` rounds, every side once in each."
-    found = {}
+def rounds(turn: Turn, n: int, f, quiet: float = 1.) -> dict[str, list[dict]]:
+    "`n` rounds, every side once in each; one in which others took more than `quiet` of the machine is done again."
+    found, disturbed = {}, 0
     for i in range(n):
-        for name, reply in turn.each(f).items(): found.setdefault(name, []).append(reply)
-        print(f"  round {i + 1} of {n}: " + ", ".join(f"{k} {v[-1]['seconds']:.2f} s" for k, v in found.items()),
-              file=sys.stderr)
+        while True:
+            replies = turn.each(f)
+            taken = max((reply["others"] for reply in replies.values()), default=0.) / CORES
+            if taken <= quiet: break
+            disturbed += 1
+            print(f"  other programs took {taken:.0%} of the machine: again", file=sys.stderr)
+            if disturbed > n:
+                raise Disturbed(f"other programs took {taken:.0%} of the machine, and {quiet:.0%} is the most that a result may have")
+        for name, reply in replies.items(): found.setdefault(name, []).append(reply)
+        print(f"  round {i + 1} of {n}: " + ", ".join(f"{k} {v['seconds']:.2f} s" for k, v in replies.items()), file=sys.stderr)
     return {name: replies for name, replies in found.items() if name in turn.workers}
 
 
@@ -158,16 +171,92 @@ def cosines(vectors: np.ndarray, reference: np.ndarray) -> float:
     return float((vectors * reference).sum(1).min())
 
 
-def measure(model: Path, work: Path, args) -> dict:
+class Kept:
+    "What an earlier run with the same arguments measured, phase by phase."
+    def __init__(self, path: Path, key: list):
+        self.path, self.key, self.phases = path, json.loads(json.dumps(key)), {}
+        try: found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError): return
+        if found["key"] == self.key: self.phases = found["phases"]
+
+    def keep(self, phase: str, data: dict):
+        self.phases[phase] = data
+        self.path.write_text(json.dumps({"key": self.key, "phases": self.phases}), encoding="utf-8")
+
+
+def measure(model: Path, work: Path, args, kept: Kept) -> dict:
     "Everything, as plain data."
     def python(side): return args.peers_python if side.peer and args.peers_python else sys.executable
     def worker(name, python): return Worker(name, python, model, Path(tempfile.mkdtemp(dir=work)) / "side")
     chosen = [worker(name, python(side)) for name, (side, _) in SIDES.items() if name in args.sides]
     limits = [worker("limits", p) for p in dict.fromkeys([sys.executable, args.peers_python or sys.executable])]
-    reference = worker("reference", sys.executable)
+    try: return measure_sides(model, work, args, kept, chosen, limits)
+    finally:
+        for w in (*chosen, *limits): w.close()
+
+
+def measure_sides(model: Path, work: Path, args, kept: Kept, chosen: list[Worker], limits: list[Worker]) -> dict:
     files = {size: photographs(work, args.images, tuple(map(int, size.split("x")))) for size in args.sizes}
+    truth, sizes = references(model, work, files)
+    turn = Turn(chosen)
+    turn.each(Worker.prepare)
+    turn.each(Worker.start); turn.each(Worker.ready)
+    result = {name: {"about": w.about | {"environment": "peers" if w.python != sys.executable else "this"},
+                     "end_to_end": {}, "min_cosine": {}, "peak": {}} for name, w in turn.workers.items()}
+
+    def size_phase(size, paths):
+        found = {name: {"peak": {}} for name in turn.workers}
+        def warm(w):
+            w.do("files", paths=paths, save=str(vectors := w.work / "vectors.npy"))
+            found[w.name]["min_cosine"] = cosines(np.load(vectors), truth[size][w.about["vectors_are"]])
+            found[w.name]["peak"]["until_warm"] = w.do("peak")["peak"]
+        turn.each(warm)
+        for name, replies in rounds(turn, args.rounds, lambda w: w.do("files", paths=paths), args.others).items():
+            found[name]["end_to_end"] = replies
+        for name, reply in turn.each(lambda w: w.do("peak")).items(): found[name]["peak"][size] = reply["peak"]
+        return {name: found[name] for name in turn.workers}
+
+    for size, paths in files.items():
+        print(size, file=sys.stderr)
+        if size not in kept.phases: kept.keep(size, size_phase(size, paths))
+        for name, found in kept.phases[size].items():
+            if name not in result: continue
+            result[name]["end_to_end"][size], result[name]["min_cosine"][size] = found["end_to_end"], found["min_cosine"]
+            result[name]["peak"] = found["peak"] | result[name]["peak"]
+
+    cut = work / "cut.jpg"
+    some = files[args.sizes[0]][:8]
+    cut.write_bytes(Path(some[0]).read_bytes()[:os.path.getsize(some[0]) // 2])
+    planted, good = [*some[:len(some) // 2], str(cut), *some[len(some) // 2:]], np.arange(len(some) + 1) != len(some) // 2
+    def broken(w): return fate(w.ask("files", paths=planted, save=str(w.work / "broken.npy")), w.work / "broken.npy", good)
+    for name, what in turn.each(broken).items(): result[name]["broken_file"] = what
+
+    print("model only", file=sys.stderr)
+    if "model" not in kept.phases:
+        turn.each(lambda w: w.do("prepared", paths=files[args.sizes[-1]]) and w.do("model"))
+        gemm = Turn([]); gemm.workers = dict(enumerate(limits))
+        gemm.each(Worker.start); gemm.each(Worker.ready)
+        found = {"sides": {}, "limits": []}
+        for _ in range(args.rounds):
+            for name, replies in rounds(turn, 1, lambda w: w.do("model"), args.others).items(): found["sides"].setdefault(name, []).extend(replies)
+            for k, replies in rounds(gemm, 1, lambda w: w.do("measure"), args.others).items(): found["limits"].append([k, replies[0]])
+        found |= {"left_out": [w.about["left_out"] for w in gemm.workers.values()], "failed": list(gemm.failed.values())}
+        kept.keep("model", found)
+    model_only = kept.phases["model"]
+    for name in turn.workers:
+        result[name]["model"] = model_only["sides"].get(name, [])
+        result[name]["idle"] = turn.workers[name].idle
+    by_environment = {}
+    for k, reply in model_only["limits"]: by_environment.setdefault(k, []).append(reply)
+    machine = {"limits": list(by_environment.values()), "left_out": model_only["left_out"], "failed": model_only["failed"]}
+    return {"sizes": sizes, "sides": result, "failed": turn.failed, "machine": machine}
+
+
+def references(model: Path, work: Path, files: dict) -> tuple[dict, dict]:
+    "The vectors that all are compared with, and what the files are like."
     dim = json.loads((model / "config.json").read_text(encoding="utf-8"))["projection_dim"]
     truth, sizes = {}, {}
+    reference = Worker("reference", sys.executable, model, Path(tempfile.mkdtemp(dir=work)) / "side")
     reference.start(); reference.ready()
     for size, paths in files.items():
         reference.do("files", paths=paths, save=str(work / "truth.npy"))
@@ -176,53 +265,7 @@ def measure(model: Path, work: Path, args) -> dict:
         sizes[size] = {"kilobytes": round(median(os.path.getsize(p) for p in paths) / 1000),
                        "cosine_between_images": float(np.median(between))}
     reference.close()
-
-    turn = Turn(chosen)
-    turn.each(Worker.prepare)
-    turn.each(Worker.start); turn.each(Worker.ready)
-    result = {name: {"about": w.about | {"environment": "peers" if w.python != sys.executable else "this"},
-                     "end_to_end": {},
-                     "min_cosine": {}, "setup": {}, "peak": {}}
-              for name, w in turn.workers.items()}
-
-    for size, paths in files.items():
-        print(size, file=sys.stderr)
-        def warm(w):
-            reply = w.do("setup", paths=paths)
-            if reply["setup"]:
-                result[w.name]["setup"][size] = {"seconds": reply["seconds"], "receipt": reply["setup"]}
-            w.do("files", paths=paths, save=str(vectors := w.work / "vectors.npy"))
-            result[w.name]["min_cosine"][size] = cosines(np.load(vectors), truth[size][w.about["vectors_are"]])
-            result[w.name]["peak"].setdefault("until_warm", w.do("peak")["peak"])
-        turn.each(warm)
-        for name, replies in rounds(turn, args.rounds, lambda w: w.do("files", paths=paths)).items():
-            result[name]["end_to_end"][size] = replies
-        for name, reply in turn.each(lambda w: w.do("peak")).items(): result[name]["peak"][size] = reply["peak"]
-
-    cut = work / "cut.jpg"
-    some = files[args.sizes[0]][:8]
-    cut.write_bytes(Path(some[0]).read_bytes()[:os.path.getsize(some[0]) // 2])
-    planted, good = [*some[:len(some) // 2], str(cut),
-                     *some[len(some) // 2:]], np.arange(len(some) + 1) != len(some) // 2
-    def broken(w): return fate(w.ask("files", paths=planted, save=str(w.work / "broken.npy")), w.work / "broken.npy",
-                               good)
-    for name, what in turn.each(broken).items(): result[name]["broken_file"] = what
-
-    print("model only", file=sys.stderr)
-    turn.each(lambda w: w.do("prepared", paths=files[args.sizes[-1]]) and w.do("model"))
-    gemm = Turn([]); gemm.workers = dict(enumerate(limits))
-    gemm.each(Worker.start); gemm.each(Worker.ready)
-    found = {name: [] for name in turn.workers}
-    for _ in range(args.rounds):
-        for name, reply in turn.each(lambda w: w.do("model")).items(): found[name].append(reply)
-        for name, reply in gemm.each(lambda w: w.do("measure")).items(): found.setdefault(name, []).append(reply)
-    for name in turn.workers: result[name]["model"] = found[name]
-    machine = {"limits": [found[k] for k in gemm.workers],
-               "left_out": [w.about["left_out"] for w in gemm.workers.values()],
-               "failed": list(gemm.failed.values())}
-    for name, w in turn.workers.items(): result[name]["idle"] = w.idle
-    for w in (*chosen, *limits): w.close()
-    return {"sizes": sizes, "sides": result, "failed": turn.failed, "machine": machine}
+    return truth, sizes
 
 
 def spread(values: list[float], digits: int = 2) -> dict:
@@ -236,39 +279,46 @@ def best_of(found: list[list[dict]], kind: str) -> list[dict]:
             ([reply["limits"][kind] for reply in replies if kind in reply["limits"]] for replies in zip(*found)) if per_round]
 
 
+def precision_of(name: str) -> str:
+    "What a side computes in."
+    return "int8" if "int8" in name or "auto" in name else "fp32"
+
+
+def ratios(of: list[dict], to: list[dict], what: str) -> dict:
+    "How many times as much `to` took as `of`, round by round."
+    return spread([b[what] / a[what] for a, b in zip(of, to)])
+
+
 def summary(raw: dict, n: int) -> dict:
-    "Images per second, ratios round by round and shares, from the seconds."
+    "Milliseconds of processor time and images per second, ratios round by round and shares, from the seconds."
     sides = {}
     limit = {kind: best_of(raw["machine"]["limits"], kind) for kind in ("fp32", "int8")}
     whole = {name: side for name, side in raw["sides"].items() if name not in raw["failed"]}
     for name, side in whole.items():
-        ms = {size: spread([1000 * r["cpu"] / n for r in replies], 1) for size, replies in side["end_to_end"].items()}
-        sides[name] = {"images_per_second": {size: spread([n / r["seconds"] for r in replies]) for size,
-                                             replies in side["end_to_end"].items()}, "cpu_ms": ms,
+        e2e = side["end_to_end"]
+        sides[name] = {"precision": precision_of(name),
+                       "cpu_ms": {size: spread([1000 * r["cpu"] / n for r in replies], 1) for size, replies in e2e.items()},
+                       "images_per_second": {size: spread([n / r["seconds"] for r in replies]) for size, replies in e2e.items()},
                        "model_only": spread([n / r["seconds"] for r in side["model"]]),
-                       "share_of_limit": {kind: spread([n / r["seconds"] / lim["images_per_second"] for r,
-                                                        lim in zip(side["model"], limit[kind])],
-                                                        3) for kind in limit if limit[kind]},
+                       "model_cpu_ms": spread([1000 * r["cpu"] / n for r in side["model"]], 1),
+                       "share_of_limit": {kind: spread([n / r["seconds"] / lim["images_per_second"]
+                                                        for r, lim in zip(side["model"], limit[kind])], 3) for kind in limit if limit[kind]},
                        "peak_mib": {phase: value and round(value / 2**20) for phase, value in side["peak"].items()},
-                       "min_cosine": side["min_cosine"],
-                       "broken_file": side["broken_file"], "setup": side["setup"],
-                       "idle_cores": round(side["idle"], 3),
-                       **side["about"]}
-    peers = [name for name in sides if SIDES[name][0].peer]
-    best_peer = {size: max(peers, key=lambda p: sides[p]["images_per_second"][size]["median"]) for size in raw["sizes"] if peers}
+                       "min_cosine": side["min_cosine"], "broken_file": side["broken_file"],
+                       "idle_cores": round(side["idle"], 3), **side["about"]}
+    best = {}
+    for precision in ("fp32", "int8"):
+        peers = [name for name in sides if name in SIDES and SIDES[name][0].peer and precision_of(name) == precision]
+        if peers: best[precision] = {size: min(peers, key=lambda p: sides[p]["cpu_ms"][size]["median"]) for size in raw["sizes"]}
+    to = {"document": {size: "document" for size in raw["sizes"]} if "document" in sides else {}, **best}
     for name in sides:
-        for label, others in (("ratio_to_document",
-                               {size: "document" for size in raw["sizes"] if "document" in sides}),
-                              ("ratio_to_best_peer", best_peer)):
-            sides[name][label] = {size: spread([a["seconds"] / b["seconds"] for a,
-                                                b in zip(whole[other]["end_to_end"][size],
-                                                         whole[name]["end_to_end"][size])])
-                                  for size, other in others.items()}
+        for what in ("cpu", "seconds"):
+            sides[name][f"{what}_ratio"] = {other: {size: ratios(whole[name]["end_to_end"][size], whole[them]["end_to_end"][size], what)
+                                                    for size, them in names.items()} for other, names in to.items()}
     others = [r["others"] for side in whole.values() for replies in side["end_to_end"].values() for r in replies]
-    return {"sizes": raw["sizes"], "sides": sides, "no_result": raw["failed"], "best_peer": best_peer,
-            "limits": {kind: {**spread([x["images_per_second"] for x in found], 1),
-                              "shapes": found[-1]["shapes"]} for kind,
-                       found in limit.items() if found},
+    return {"sizes": raw["sizes"], "sides": sides, "no_result": raw["failed"], "best_peer": best,
+            "limits": {kind: {**spread([x["images_per_second"] for x in found], 1), "shapes": found[-1]["shapes"]}
+                       for kind, found in limit.items() if found},
             "limits_left_out": raw["machine"]["left_out"], "other_programs_cores": spread(others) if others else None,
             "idle_sides_cores": max((s["idle_cores"] for s in sides.values()), default=None)}
 
@@ -278,43 +328,42 @@ def times(x: dict | None) -> str: return f"{x['median']:.2f} ({x['min']:.2f}–{
 def share(x: float) -> str: return f"{100 * x:.0f}%"
 
 
-def table(r: dict) -> str:
-    "The result as a page."
-    s, sizes = r["sides"], list(r["sizes"])
+def table(results: dict[str, dict]) -> str:
+    "The results as a page."
     page = ["# Embedding JPEG files with a ViT-B/32", "",
-            f"{r['machine']}; {r['date']}. Weights: {r['weights']}. {r['images']} files of each size, batches of {BATCH}, {r['rounds']} rounds. "
-            "Images per second, median (lowest–highest of the rounds); × is against the side in the heading, round by round.", ""]
-    head = [c for size in sizes for c in (size, "× document", f"× {r['best_peer'].get(size, 'best peer')}")]
-    page += ["## End to end, from files", "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
-    for name, side in s.items():
-        cells = [c for size in sizes for c in (number(side["images_per_second"][size]),
-                                               times(side["ratio_to_document"].get(size)),
-                                               times(side["ratio_to_best_peer"].get(size)))]
-        page.append(f"| {name} | " + " | ".join(cells) + " |")
-    page += [f"| {name} | no result: {why} |" + " |" * (len(head) - 1) for name, why in r["no_result"].items()]
-    page += ["", "![Images per second of every side](embedding.png)", "", "## Model, processor time, memory, vectors",
-             "",
-             "| | model only | of the fp32 limit | of the int8 limit | CPU ms per image, " + " / ".join(sizes) + " | peak memory MiB, until warm / embedding | smallest cosine | a broken file |", "|---" * 8 + "|"]
+            "One result for each kind of processor. Processor time first: it is what the work costs. × is how many times as much the side in the heading "
+            "takes, round by round, median (lowest–highest)."]
+    for kind, r in results.items(): page += ["", *section(kind, r)]
+    return "\n".join([*page, "", "Method: see the heads of `embedding.py` and `sides.py`. Run it again with `make bench`.", ""])
+
+
+def section(kind: str, r: dict) -> list[str]:
+    "One result."
+    s, sizes = r["sides"], list(r["sizes"])
+    names = {"document": "document", **{precision: "/".join(dict.fromkeys(best.values())) for precision, best in r["best_peer"].items()}}
+    page = [f"## {KINDS[kind]}", "",
+            f"{r['machine']}; {r['date']}. Weights: {r['weights']}. {r['images']} files of each size, batches of {BATCH}, {r['rounds']} rounds." + r.get("note", "")]
+    for title, field, ratio in (("Processor time, milliseconds per image, from files", "cpu_ms", "cpu_ratio"),
+                                ("The clock, images per second, from files", "images_per_second", "seconds_ratio")):
+        head = [c for size in sizes for c in (size, *(f"× {name}" for name in names.values()))]
+        page += ["", f"### {title}", "", "| | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+        for name, side in s.items():
+            cells = [c for size in sizes for c in (number(side[field][size]), *(times(side[ratio].get(other, {}).get(size)) for other in names))]
+            page.append(f"| {name} | " + " | ".join(cells) + " |")
+        page += [f"| {name} | no result: {why} |" + " |" * (len(head) - 1) for name, why in r["no_result"].items()]
+    page += ["", f"![Images per second of processor time, every side](embedding-{kind}.png)", "", "### Model, memory, vectors", "",
+             "| | model only, CPU ms per image | images per second | of the fp32 limit | of the int8 limit | peak memory MiB, until warm / embedding | "
+             "smallest cosine | a broken file |", "|---" * 8 + "|"]
     for name, side in s.items():
         peak = [side["peak_mib"]["until_warm"], max((side["peak_mib"][size] or 0 for size in sizes), default=0)]
         of = [share(side["share_of_limit"][kind]["median"]) if kind in side["share_of_limit"] else "–" for kind in ("fp32", "int8")]
-        page.append(f"| {name} | {number(side['model_only'])} | {of[0]} | {of[1]} | {' / '.join(str(round(side['cpu_ms'][size]['median'])) for size in sizes)} | "
-                    f"{' / '.join(str(p or '–') for p in peak)} | {min(side['min_cosine'].values()):.6f}{' †' * (side['vectors_are'] == 'cls')} | {side['broken_file']} |")
+        page.append(f"| {name} | {number(side['model_cpu_ms'])} | {number(side['model_only'])} | {of[0]} | {of[1]} | {' / '.join(str(p or '–') for p in peak)} | "
+                    f"{min(side['min_cosine'].values()):.6f}{' †' * (side['vectors_are'] == 'cls')} | {side['broken_file']} |")
     if any(side["vectors_are"] == "cls" for side in s.values()):
         page += ["", "† to the CLS token of plain transformers, which is what this side takes; all others to the projected vector."]
-    page += ["", "## How to read it", "", *reading(r), "", "## The sides", "",
-             *(f"- **{name}**: {side['pixels']}. Threads: {side['threads']}. {', '.join(f'{k} {v}' for k, v in side['packages'].items())}; {side['environment']} environment."
-               + "".join(f" {size}: {receipt_line(x)}." for size, x in side["setup"].items()) for name,
-               side in s.items())]
-    return "\n".join([*page, "",
-                      "Method: see the heads of `embedding.py` and `sides.py`. Run it again with `make bench`.", ""])
-
-
-def receipt_line(setup: dict) -> str:
-    "What a side settled on before the job."
-    receipt = setup["receipt"]
-    scaled = f", JPEGs decoded smaller (at least {receipt['min_edge']} pixels)" if receipt["min_edge"] else ""
-    return f"its trial took {setup['seconds']:.0f} s and chose {receipt['backend']}{scaled}: {receipt['reason']}"
+    return page + ["", "### How to read it", "", *reading(r), "", "### The sides", "",
+                   *(f"- **{name}**: {side['pixels']}. Threads: {side['threads']}. {', '.join(f'{k} {v}' for k, v in side['packages'].items())}; "
+                     f"{side['environment']} environment." for name, side in s.items())]
 
 
 def reading(r: dict) -> list[str]:
@@ -327,15 +376,8 @@ def reading(r: dict) -> list[str]:
     for kind in ("fp32", "int8"):
         if kind not in r["limits"]: lines.append(f"- **The {kind} limit** could not be measured here.")
     for size in r["sizes"]:
-        reached = {name: side["images_per_second"][size]["median"] / side["model_only"]["median"] for name,
-                   side in s.items()}
-        for says, low, high in (("more", 0, .5), ("less", .5, .9), ("next to nothing beside", .9, float("inf"))):
-            names = [f"{name} ({share(x)})" for name, x in reached.items() if low <= x < high]
-            if names:
-                lines.append(f"- **At {size}** reading the images costs {says}{' than' * (high < 1)} the model, by what is left of the model's own speed, for {', '.join(names)}.")
         kept = ", ".join(f"{name} {1000 * CORES / side['cpu_ms'][size]['median']:.1f}" for name, side in s.items())
-        if kept:
-            lines.append(f"- **At {size}, were all {CORES} cores always busy** with the same work, images per second would be: {kept}. No way of overlapping reading and model exceeds that.")
+        if kept: lines.append(f"- **At {size}, were all {CORES} cores always busy** with the same work, images per second would be: {kept}. No way of overlapping reading and model exceeds that.")
     apart = max(1 - x["cosine_between_images"] for x in r["sizes"].values())
     worst = {name: 1 - min(side["min_cosine"].values()) for name, side in s.items()}
     if worst:
@@ -351,12 +393,12 @@ def reading(r: dict) -> list[str]:
     if r["other_programs_cores"]:
         noise = r["other_programs_cores"]
         lines.append(f"- **Noise.** While a side worked, other programs took {noise['median']:.2f} of {CORES} cores in the median and {noise['max']:.2f} at most; a side that waited took at most "
-                     f"{r['idle_sides_cores']:.3f}." + (" That is not a quiet machine: trust the ratios before the speeds." if noise["median"] > .1 else ""))
+                     f"{r['idle_sides_cores']:.3f}.")
     return lines
 
 
 def plot(r: dict, path: Path):
-    "Bars end to end, a mark for the model alone, lines for the limits."
+    "Bars end to end, a mark for the model alone, both by processor time."
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -364,21 +406,14 @@ def plot(r: dict, path: Path):
     fig, ax = plt.subplots(figsize=(9, 1.6 + .62 * len(names)), layout="constrained")
     height, colours = .8 / len(sizes), ("#56B4E9", "#0072B2", "#009E73", "#CC79A7")
     for i, size in enumerate(sizes):
-        x = [r["sides"][name]["images_per_second"][size] for name in names]
+        ms = [r["sides"][name]["cpu_ms"][size] for name in names]
         y = [k + .4 - (i + .5) * height for k in range(len(names))]
-        ax.barh(y, [v["median"] for v in x], height, color=colours[i % 4], label=f"from files, {size}",
-                xerr=[[v["median"] - v["min"] for v in x], [v["max"] - v["median"] for v in x]],
-                error_kw={"elinewidth": 1, "ecolor": "#333333"})
-        for v, at in zip(x, y):
-            ax.text(v["max"], at, f"  {v['median']:.1f}", va="center", fontsize=8,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": .5, "alpha": .8})
-    ax.plot([r["sides"][name]["model_only"]["median"] for name in names], range(len(names)), "D", color="#D55E00",
-            markersize=6,
-            markeredgecolor="white", label="model only")
-    for (kind, x), style in zip(r["limits"].items(), ("--", ":")):
-        ax.axvline(x["median"], color="black", linestyle=style, linewidth=1.2, label=f"{kind} limit of the machine")
-    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="images per second",
-           title="Embedding JPEG files with a ViT-B/32")
+        per_second = [1000 / v["median"] for v in ms]
+        ax.barh(y, per_second, height, color=colours[i % 4], label=f"from files, {size}")
+        for v, at in zip(per_second, y): ax.text(v, at, f"  {v:.1f}", va="center", fontsize=8)
+    ax.plot([1000 / r["sides"][name]["model_cpu_ms"]["median"] for name in names], range(len(names)), "D", color="#D55E00",
+            markersize=6, markeredgecolor="white", label="model only")
+    ax.set(yticks=range(len(names)), yticklabels=names, xlabel="images per second of processor time", title="Embedding JPEG files with a ViT-B/32")
     ax.set_xlim(left=0)
     ax.spines[["top", "right"]].set_visible(False)
     fig.legend(loc="outside lower center", ncols=3, fontsize=8, frameon=False)
@@ -386,15 +421,30 @@ def plot(r: dict, path: Path):
     plt.close(fig)
 
 
-def processor() -> str:
-    "Name of the processor and the instructions that matter for matrix products."
+KINDS = {"amx": "Processors with AMX", "vnni": "Processors with VNNI", "avx2": "Processors with AVX2 only", "arm": "arm"}
+
+
+def flags() -> list[str]:
+    "The instructions that matter for matrix products, of those that this processor has."
     try: text = Path("/proc/cpuinfo").read_text()
-    except OSError: return f"{platform.processor() or platform.machine()}, {CORES} cores"
-    fields = dict(line.split(":", 1) for line in text.splitlines() if ":" in line)
-    fields = {k.strip(): v.strip() for k, v in fields.items()}
-    flags = [f for f in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16",
-                         "amx_int8") if f in fields.get("flags", "").split()]
-    return f"{fields.get('model name', platform.machine())}, {CORES} cores, {' '.join(flags)}"
+    except OSError: return []
+    found = next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith(("flags", "Features"))), [])
+    return [f for f in ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "asimddp", "i8mm") if f in found]
+
+
+def kind_of(instructions: list[str], machine: str) -> str:
+    "Which kind of processor this is: key of `KINDS`."
+    if machine in ("arm64", "aarch64"): return "arm"
+    if "amx_int8" in instructions: return "amx"
+    return "vnni" if {"avx_vnni", "avx512_vnni"} & set(instructions) else "avx2"
+
+
+def processor() -> str:
+    "Name of the processor and what it can do."
+    try: text = Path("/proc/cpuinfo").read_text()
+    except OSError: text = ""
+    name = next((line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")), platform.processor() or platform.machine())
+    return f"{name}, {CORES} cores, {' '.join(flags())}"
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -402,26 +452,33 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--peers-python", metavar="PYTHON",
                         help="the interpreter of an environment with benchmarks/peers.txt")
     parser.add_argument("--images", type=int, default=64, help="files of each size")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sizes", nargs="+", default=["640x427", "1600x1200"])
-    parser.add_argument("--sides", nargs="+", default=list(SIDES), choices=list(SIDES), metavar="SIDE",
-                        help=", ".join(SIDES))
+    parser.add_argument("--sides", nargs="+", default=list(USUAL), choices=list(SIDES), metavar="SIDE", help=", ".join(SIDES))
     parser.add_argument("--model", type=Path, help="a CLIP folder to use instead of random weights")
+    parser.add_argument("--others", type=float, default=.05, help="the share of the machine that other programs may take")
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args(argv)
+    kind = kind_of(flags(), platform.machine())
+    weights = "random" if args.model is None else args.model.name
+    kept = Kept(args.out / f"embedding-{kind}.part.json", [kind, weights, args.images, args.rounds, args.sides, date.today().isoformat()])
     with tempfile.TemporaryDirectory(prefix="embedding-") as d:
         work, model = Path(d), args.model
         if model is None:
             model = work / "model"
-            subprocess.run([sys.executable, HERE / "sides.py", "model", "-", model, work], check=True,
-                           stdout=subprocess.DEVNULL)
-        raw = measure(model, work, args)
-    result = {"machine": processor(), "date": date.today().isoformat(), "images": args.images, "rounds": args.rounds,
-              "weights": "random" if args.model is None else args.model.name,
+            subprocess.run([sys.executable, HERE / "sides.py", "model", "-", model, work], check=True, stdout=subprocess.DEVNULL)
+        try: raw = measure(model, work, args, kept)
+        except Disturbed as e:
+            sys.exit(f"nothing is written: {e}. What was measured before ({', '.join(kept.phases) or 'nothing'}) is kept: run the same command again")
+    result = {"machine": processor(), "date": date.today().isoformat(), "images": args.images, "rounds": args.rounds, "weights": weights,
               **summary(raw, args.images), "raw": raw}
-    (args.out / "embedding.json").write_text(json.dumps(result, indent=1) + "\n")
-    (args.out / "embedding.md").write_text(page := table(result), encoding="utf-8")
-    plot(result, args.out / "embedding.png")
+    path = args.out / "embedding.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = {k: result if k == kind else results[k] for k in KINDS if k == kind or k in results}
+    path.write_text(json.dumps(results, indent=1) + "\n")
+    (args.out / "embedding.md").write_text(page := table(results), encoding="utf-8")
+    plot(result, args.out / f"embedding-{kind}.png")
+    kept.path.unlink(missing_ok=True)
     print(page)
     return result
 

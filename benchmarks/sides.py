@@ -25,7 +25,6 @@ class Side:
 
     @classmethod
     def prepare(cls, model: Path, work: Path): "Convert the weights."
-    def setup(self, paths: list[str]): "What a user does once before a large job."; return None
     def files(self, paths: list[str]): "End to end: this is what is timed."; raise NotImplementedError
     def vectors(self, result,
                 paths: list[str]): "What `files` returned, as an array; NaN where the side reports an error."; return np.asarray(result)
@@ -67,23 +66,15 @@ class Document(Side):
     def model(self, batch): return self.embedder._encode_with_clip(batch)
 
 
-JOB = 5_000  # images that "auto" is tuned for: ten minutes in fp32 would make it try compiled code, too
-
-
 class Ours(Side):
-    packages, pixels = ("torch", "transformers", "Pillow"), "`load_image` and `ClipPreprocessor`, in threads"
+    packages = ("torch", "transformers", "onnxruntime", "Pillow")
 
-    def __init__(self, model, work, precision, parquet=False):
-        from devsky_nb.embedding.embedder import CLIPImageEmbedder
-        self.embedder, self.precision, self.parquet, self.work, self.runs = CLIPImageEmbedder(str(model),
-                                                                                              device="cpu",
-                                                                                              precision=precision), precision, parquet, work, 0
-
-    def setup(self, paths):
-        if self.precision != "auto": return None
-        from devsky_nb.embedding.precision import choose_precision
-        self.embedder = choose_precision(self.embedder, paths, images=JOB)
-        return self.embedder.receipt.to_dict()
+    def __init__(self, model, work, precision=None, parquet=False):
+        from devsky_nb import CLIPImageEmbedder
+        options = {} if precision is None else {"precision": precision}
+        self.embedder = CLIPImageEmbedder(str(model), device="cpu", **options)
+        self.precision, self.parquet, self.work, self.runs = precision, parquet, work, 0
+        self.pixels = f"`load_image` and the model's own preprocessing, in threads; {self.embedder.backend}"
 
     def files(self, paths):
         if not self.parquet: return list(self.embedder.embed_stream(paths, BATCH))
@@ -351,8 +342,7 @@ def serve(side: Side, ask, answer):
         try:
             if do == "prepared": side.ready = side.prepared(paths)
             start, busy = time.perf_counter(), cpu()
-            if do == "setup": reply["setup"] = side.setup(paths)
-            elif do == "files": result = side.files(paths)
+            if do == "files": result = side.files(paths)
             elif do == "model":
                 for batch in side.ready: side.model(batch)
             elif do == "measure": reply["limits"] = side.measure()
@@ -392,15 +382,16 @@ def make_model(folder: Path):
 
 SIDES = {
     "document": (Document, {}),
-    "devsky_nb fp32": (Ours, {"precision": "fp32"}),
-    "devsky_nb fp32, to Parquet": (Ours, {"precision": "fp32", "parquet": True}),
-    "devsky_nb auto": (Ours, {"precision": "auto"}),
-    "devsky_nb auto, to Parquet": (Ours, {"precision": "auto", "parquet": True}),
+    "devsky_nb": (Ours, {}),
+    "devsky_nb int8": (Ours, {"precision": "int8"}),
+    "devsky_nb, to Parquet": (Ours, {"precision": "fp32", "parquet": True}),
+    "devsky_nb int8, to Parquet": (Ours, {"precision": "int8", "parquet": True}),
     "sentence-transformers": (SentenceTransformers, {}),
     "open_clip": (OpenClip, {}),
     "fastembed": (FastEmbed, {}),
     "fastembed, int8": (FastEmbedInt8, {}),
 }
+USUAL = ("document", "devsky_nb", "devsky_nb int8", "sentence-transformers", "fastembed", "fastembed, int8")
 HELPERS = {"reference": (Reference, {}), "limits": (Limits, {})}
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/embedding/01_vectors.ipynb #e0d0a003
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,29 +16,31 @@ from ..errors import ValidationError
 
 if TYPE_CHECKING:
     import torch
-    from transformers import CLIPModel, CLIPVisionModelWithProjection
 
 # %% ../../nbs/embedding/01_vectors.ipynb #bba52969
 OUTPUTS = ("projected", "pooled", "cls")
 
-def clip_vectors(model: "CLIPModel | CLIPVisionModelWithProjection",  # in evaluation mode
+def clip_vectors(model: Any,  # of CLIP's architecture, in evaluation mode
                  pixel_values: "torch.Tensor",  # (N, 3, S, S) float, as the preprocessor returns them
                  output: str = "projected",  # one of `OUTPUTS`
-                 ) -> "torch.Tensor":  # (N, D) float32, length 1 each
-    "One unit vector per image; the same operations in the same order as the usual code for each output."
+                 ) -> "torch.Tensor":  # (N, D), of any length
+    "One vector per image; the same operations in the same order as the usual code for each output."
     out = model.vision_model(pixel_values=pixel_values)
     vectors = out.last_hidden_state[:, 0, :] if output == "cls" else out.pooler_output
-    if output == "projected": vectors = model.visual_projection(vectors)
+    return model.visual_projection(vectors) if output == "projected" else vectors
+
+def unit_length(vectors: "torch.Tensor") -> "torch.Tensor":  # float32, length 1 each
+    "Vectors as they are compared."
     vectors = vectors.float()
     return vectors / vectors.norm(dim=-1, keepdim=True)
 
 # %% ../../nbs/embedding/01_vectors.ipynb #e0d0a006
-Runner = Callable[[np.ndarray], np.ndarray]  # (N, 3, S, S) float32 pixels to (N, D) float32 vectors of length 1
+Runner = Callable[[np.ndarray], np.ndarray]  # N prepared images, float32, to (N, D) float32 vectors of length 1
 
 @dataclass(frozen=True)
 class TensorRunner:
     "A runner of PyTorch: for arrays, as every runner is, and for tensors."
-    forward: Callable[["torch.Tensor"], "torch.Tensor"]  # (N, 3, S, S) to (N, D) float32, both on the device
+    forward: Callable[["torch.Tensor"], "torch.Tensor"]  # N images to (N, D) float32, both on the device
     device: "torch.device"
     dtype: "torch.dtype"  # that `forward` takes
 
@@ -48,20 +49,6 @@ class TensorRunner:
         with torch.inference_mode():
             x = torch.from_numpy(pixels).to(self.device, self.dtype)
             return self.forward(x).cpu().numpy()
-
-def vector_length(model: "CLIPModel | CLIPVisionModelWithProjection",
-                  output: str,  # one of `OUTPUTS`
-                  ) -> int:
-    "How many dimensions the vectors of an output have."
-    config = model.config
-    if output == "projected": return config.projection_dim
-    return getattr(config, "vision_config", config).hidden_size
-
-def model_runner(model: "CLIPModel | CLIPVisionModelWithProjection",
-                 output: str = "projected",  # one of `OUTPUTS`
-                 ) -> TensorRunner:
-    "The model as it is: on its own device, in its own number format."
-    return TensorRunner(partial(clip_vectors, model, output=output), model.device, model.dtype)
 
 # %% ../../nbs/embedding/01_vectors.ipynb #e0d0a010
 def as_float32(vectors: Any,  # an array or a tensor of any float type, on any device

@@ -6,6 +6,7 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 
+from devsky_nb import Garment, render_garment
 from devsky_nb.embedding import bulk
 from devsky_nb.embedding.bulk import embed_images, local_engine
 from devsky_nb.embedding.pool import VectorPool
@@ -475,7 +476,7 @@ def test_the_model_of_a_job_is_not_evicted_and_an_engine_can_be_passed_in(nine, 
         with pytest.raises(MLError, match="in use"): registry.unload("tiny-clip")
         said.append(embedder.receipt.backend)
         yield from local_engine(plan, embedder, schema, pool, batch_size, on_progress)
-    assert embed_images(nine[0], tmp_path / "out", embedder, engine=engine).embedded == 9 and said == ["fp32"]
+    assert embed_images(nine[0], tmp_path / "out", embedder, engine=engine).embedded == 9 and said == [embedder.backend]
     embedder.close()
     assert registry.unload("tiny-clip") > 0
     with pytest.raises(ValidationError, match="a closed embedder has no model"): embed_images(nine[0], tmp_path / "late", embedder)
@@ -488,7 +489,7 @@ def test_errors_and_reports_are_json(embedder, nine, tmp_path):
     with pytest.raises(ValidationError) as e: embed_images(nine[0], nine[0], embedder)
     assert json.loads(json.dumps(e.value.to_dict()))["details"]["out"] == str(nine[0])
     report = embed_images(nine[0], tmp_path / "out", CLIPImageEmbedder("tiny-clip", device="cpu"))
-    assert json.loads(json.dumps(report.to_dict()))["receipt"]["backend"] == "fp32"
+    assert json.loads(json.dumps(report.to_dict()))["receipt"]["backend"] == embedder.backend
 
 
 def test_damage_never_becomes_a_vector(embedder, tmp_path):
@@ -514,7 +515,7 @@ def test_vectors_of_two_kinds_do_not_come_together(embedder, tmp_path):
     embed_images(folder, out, embedder)
     before = files(out)
     for e, kwargs in ((other, {}), (embedder, dict(dtype="float16"))):
-        with pytest.raises(ValidationError, match=r"has vectors of projected-fp32-\w+ \(float32\), and this call makes (pooled|projected).*resume=False"): embed_images(folder, out, e, **kwargs)
+        with pytest.raises(ValidationError, match=r"has vectors of projected-fp32-[\w-]+ \(float32\), and this call makes (pooled|projected).*resume=False"): embed_images(folder, out, e, **kwargs)
         assert files(out) == before
     assert embed_images(folder, out, other, resume=False).reused == 0
     assert pq.read_schema(out / "part-00000.parquet").metadata[b"devsky_nb.fingerprint"].decode() == other.fingerprint
@@ -579,7 +580,7 @@ def test_after_any_changes_an_update_equals_a_run_from_nothing(embedder, stock, 
     for n, (entries, rows, large) in enumerate(versions):
         source = [(f"sku-{i}", stock[p]) for i, p in entries]
         if not source: continue
-        report = embed_images(source, tmp / "out", embedder, shard_rows=rows, batch_size=16 if large else 8)
+        report = embed_images(source, tmp / "out", embedder, shard_rows=rows, batch_size=16 if large else 8, prune=True)
         fresh = embed_images(source, tmp / f"fresh-{n}", embedder, shard_rows=rows, batch_size=8)
         assert files(tmp / "out") == files(tmp / f"fresh-{n}")
         assert (report.total, report.embedded, report.duplicate, report.reasons) == (fresh.total, fresh.embedded, fresh.duplicate, fresh.reasons) and report.total == len(source)
@@ -616,7 +617,7 @@ def test_automatic_precision_chooses_once(tmp_path, monkeypatch):
     assert embedder.receipt is None, "the caller's embedder stays as it is"
     assert report.receipt == json.loads(pq.read_schema(out / "part-00000.parquet").metadata[b"devsky_nb.receipt"])
     before = files(out)
-    monkeypatch.setattr(bulk, "choose_precision", None)
+    monkeypatch.setattr(bulk, "choose_for_job", None)
     again = embed_images(folder, out, embedder)
     assert again.reused == 6 and again.receipt == report.receipt and files(out) == before
 
@@ -633,3 +634,27 @@ for name in ("few", "many"):
     print(peak() >> 20, file=open({str(tmp_path)!r} + "/" + name + ".rss", "w", encoding="utf-8"))""") == 0
     few, many = (int((tmp_path / f"{n}.rss").read_text(encoding="utf-8")) for n in ("few", "many"))
     assert many - few < 32, (few, many)  # MiB; in the hundreds, buffers are still warming up; the pixels of 900 images are 46
+
+
+def test_another_source_does_not_replace_a_data_set_unless_that_is_asked_for(tmp_path, embedder):
+    def images(folder, n, seed):
+        folder.mkdir()
+        for i in range(n): render_garment(Garment("hat", "red", "plain"), size=64, seed=seed + i).save(folder / f"{folder.name}-{i}.png")
+    images(tmp_path / "many", 9, 0)
+    images(tmp_path / "few", 2, 100)
+    first = embed_images(tmp_path / "many", tmp_path / "v", embedder)
+    before = {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir() if p.is_file()}
+    for again in (dict(), dict(shard_rows=3)):
+        with pytest.raises(ValidationError, match="has 9 rows, of which 9 are not among the 2 inputs"): embed_images(tmp_path / "few", tmp_path / "v", embedder, **again)
+        assert {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir() if p.is_file()} == before
+    (tmp_path / "many").rename(tmp_path / "moved")
+    for path in (tmp_path / "moved").iterdir(): path.rename(path.with_name("other-" + path.name))
+    renamed = embed_images(tmp_path / "moved", tmp_path / "v", embedder)
+    assert (renamed.removed, renamed.reused, renamed.total) == (9, 9, 9), "the same images under other names are no other source"
+    for path in sorted((tmp_path / "moved").iterdir())[:4]: path.unlink()
+    assert (embed_images(tmp_path / "moved", tmp_path / "v", embedder).removed, first.removed) == (4, 0)
+    pruned = embed_images(tmp_path / "few", tmp_path / "v", embedder, prune=True)
+    assert (pruned.removed, pruned.total) == (5, 2) and pruned.to_dict()["removed"] == 5 and "5 earlier rows removed" in repr(pruned)
+    replaced = embed_images(tmp_path / "moved", tmp_path / "v", embedder, resume=False)
+    assert replaced.total == 5, "nothing is used, so nothing is kept"
+    with pytest.raises(ValidationError, match="prune"): embed_images(tmp_path / "few", tmp_path / "v", embedder, prune=1)

@@ -9,7 +9,7 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisio
 
 from devsky_nb import CLIPImageEmbedder, embed_images, FolderIndex, ModelRegistry, ModelSpec
 from devsky_nb.embedding.precision import choose_precision
-from devsky_nb.embedding.vectors import model_runner
+from devsky_nb.embedding.families import model_runner
 from devsky_nb.errors import (FileNotFoundError, InsufficientMemoryError, MLError, ModelLoadError, ModelNotFoundError,
                               ValidationError)
 from devsky_nb.hub.locate import locate_model
@@ -51,7 +51,7 @@ def folder(request, vit):
 
 
 def test_cls_equals_the_documents_code_to_the_last_bit(folder):
-    document, ours = Document(str(folder), device="cpu"), CLIPImageEmbedder(folder, device="cpu", output="cls")
+    document, ours = Document(str(folder), device="cpu"), CLIPImageEmbedder(folder, device="cpu", output="cls", backend="torch")
     for image in images():
         assert torch.equal(document.encode_image(image), ours.encode_image(image))
     for batch_size in (2, 7, 32):
@@ -165,7 +165,7 @@ def test_a_real_allocation_failure_halves_the_batch(tmp_path):
 import resource, sys, numpy as np, torch
 from devsky_nb.embedding.embedder import CLIPImageEmbedder
 torch.set_num_threads(1)
-e = CLIPImageEmbedder({str(tmp_path)!r}, device="cpu")
+e = CLIPImageEmbedder({str(tmp_path)!r}, device="cpu", backend="torch")
 px = np.random.default_rng(0).standard_normal((64, 3, 224, 224), dtype=np.float32)
 expected = e._forward(px[:2])
 sizes, run = [], e.model.vision_model.forward
@@ -616,7 +616,7 @@ def test_another_backend_is_another_embedder(tiny):
     receipt = Receipt()
     other = tiny.with_backend("zeros", lambda pixels: np.zeros((len(pixels), 128), np.float32), min_edge=64, receipt=receipt)
     assert (other.backend, other.min_edge, other.receipt) == ("zeros", 64, receipt) and other.model is tiny.model
-    assert other.fingerprint == tiny.fingerprint.replace("fp32", "zeros-edge64")
+    assert other.fingerprint == tiny.fingerprint.replace(tiny.backend, "zeros-edge64")
     assert not other.encode_image(images()[0]).any() and torch.equal(other.encode_text("a"), tiny.encode_text("a"))
     assert torch.equal(tiny.encode_images_batch(images()), before)
     assert {**state, **vars(tiny)} == vars(tiny)

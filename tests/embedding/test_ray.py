@@ -34,7 +34,7 @@ SIZES = dict(batch_size=8, shard_rows=12)
 def embedder():
     "With a receipt, so that workers make what it says."
     e = CLIPImageEmbedder("tiny-clip", device="cpu")
-    return apply_receipt(e, Receipt("fp32", 64, "found faithful", e.fingerprint, "cpu", 64, None, 1.))
+    return apply_receipt(e, Receipt(e.backend, 64, "found faithful", e.fingerprint, "cpu", 64))
 
 @pytest.fixture(scope="module")
 def cluster():

@@ -178,7 +178,7 @@ def test_nothing_and_one_have_answers():
     (lambda i: VectorIndex(i.vectors, paths=["a"]), "3 vectors and 1 paths"),
     (lambda i: VectorIndex(i.vectors, ids="abc"), "3 vectors and ids='abc': give one for each"),
     (lambda i: VectorIndex(i.vectors, ids=5), "3 vectors and ids=5: give one for each"),
-    (lambda i: i.search(texts="a", embedder="tiny-clip"), "embedder='tiny-clip': expected a CLIPImageEmbedder"),
+    (lambda i: i.search(texts="a", embedder="tiny-clip"), "embedder='tiny-clip': expected an ImageEmbedder"),
     (lambda i: look_alikes(i.vectors), "must be a VectorIndex or a FolderIndex, not ndarray"),
     (lambda i: look_alikes("vectors"), "must be a VectorIndex or a FolderIndex, not str")])
 def test_a_wrong_call_is_a_typed_error(call, says):
@@ -242,7 +242,7 @@ def test_a_folder_is_an_index_with_vectors_ids_and_paths(output, monkeypatch):
 
 
 def test_vectors_of_a_faithful_backend_may_be_asked_by_the_exact_embedder(tmp_path, output, tiny):
-    receipt = Receipt("bf16", None, "because", tiny.fingerprint, "cpu", 64, None, 1.)
+    receipt = Receipt("bf16-torch", None, "because", tiny.fingerprint, "cpu", 64)
     half = apply_receipt(tiny, receipt)
     embed_images(output / "images", tmp_path / "half", half)
     index = FolderIndex(tmp_path / "half")
