@@ -1,7 +1,16 @@
-"Pipelines of every kind with networks of a few thousand weights: configurations alone, as a model's folder has them."
+"Pipelines of every kind with networks of a few thousand weights: a folder of configurations, or one with random weights and tokenizers."
 import json
 from importlib import import_module
 from pathlib import Path
+
+import torch
+
+from devsky_nb.hub.load import build_network
+from devsky_nb.hub.locate import bundled_folder
+from devsky_nb.hub.models import KNOWN
+from devsky_nb.memory.configs import network_class
+
+SIDE = 64  # pixels of an image
 
 
 def clip_text(dim=32, projected=False, cls=None, **more):
@@ -229,7 +238,8 @@ PIPELINES = {  # class -> components, and what is asked
                            "requires_safety_checker": False,
                            "transformer": ("diffusers", "HunyuanDiT2DModel", {"sample_size": 16, "num_layers": 2, "patch_size": 2, "attention_head_dim": 8, "num_attention_heads": 3,
                                            "in_channels": 4, "cross_attention_dim": 24, "cross_attention_dim_t5": 32, "pooled_projection_dim": 16, "hidden_size": 24})},
-    "PixArtSigmaPipeline": PIXART, "PixArtAlphaPipeline": PIXART,
+    "PixArtSigmaPipeline": PIXART,  # the older one takes no other sizes than 32, 64 and 128 latents
+    "PixArtAlphaPipeline": PIXART | {"vae": kl(), "transformer": (*PIXART["transformer"][:2], PIXART["transformer"][2] | {"sample_size": 32})},
     "KandinskyV22Pipeline": KANDINSKY22, "KandinskyV22PriorPipeline": PRIOR,
     "KandinskyV22CombinedPipeline": KANDINSKY22 | {f"prior_{name.removeprefix('prior_')}": part for name, part in PRIOR.items()},
     "Kandinsky5T2IPipeline": KANDINSKY5 | {"vae": kl(4, KL8)}, "Kandinsky5T2VPipeline": KANDINSKY5 | {"vae": HUNYUAN_VAE},
@@ -252,7 +262,6 @@ def network_config(library, cls, settings):
     "The full configuration of a network, as its folder has it."
     found = getattr(import_module(library), cls)
     if library == "transformers": return found.config_class(**settings).to_dict() | {"architectures": [cls]}
-    import torch
     with torch.device("meta"): network = found(**settings)
     return {name: value for name, value in network.config.items()} | {"_class_name": cls}
 
@@ -273,4 +282,42 @@ def write_pipeline(kind, folder):
         file = "scheduler_config.json" if is_scheduler else "config.json"
         (folder / name / file).write_text(json.dumps(config, default=str), encoding="utf-8")
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+KINDS = {  # what a call takes: the class of a pipeline
+    "text, SD": "StableDiffusionPipeline", "image, SD": "StableDiffusionImg2ImgPipeline", "mask, SD": "StableDiffusionInpaintPipeline",
+    "control image, SD": "StableDiffusionControlNetPipeline", "text, SDXL": "StableDiffusionXLPipeline", "image, SDXL": "StableDiffusionXLImg2ImgPipeline",
+    "mask, SDXL": "StableDiffusionXLInpaintPipeline", "control image, SDXL": "StableDiffusionXLControlNetPipeline", "text, FLUX": "FluxPipeline",
+    "image, FLUX": "FluxImg2ImgPipeline", "mask, FLUX": "FluxInpaintPipeline", "edit, FLUX": "FluxKontextPipeline", "text, SD3": "StableDiffusion3Pipeline",
+    "text, PixArt": "PixArtAlphaPipeline", "video, Wan": "WanPipeline"}
+
+
+def random_network(part):
+    "The network of a folder, with random weights."
+    torch.manual_seed(0)
+    network = build_network(network_class(part), part)
+    if hasattr(network, "tie_weights"): network.tie_weights()
+    return network.float().eval().requires_grad_(False)
+
+
+def small_tokenizer(cls):
+    "A tokenizer: the one of the small SDXL, or one such as T5's that knows a few letters."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import CLIPTokenizer, T5TokenizerFast
+    if cls == "CLIPTokenizer": return CLIPTokenizer.from_pretrained(bundled_folder(KNOWN["tiny-sdxl"]) / "tokenizer")
+    pieces = [("<pad>", 0.), ("</s>", 0.), ("<unk>", 0.), *((piece, -2.) for piece in "▁ a b c d e f g h i k l m n o p r s t u ▁a ▁red ▁dress".split())]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return T5TokenizerFast(tokenizer_object=tokenizer, extra_ids=0, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", model_max_length=512)
+
+
+def save(kind, folder):
+    "A pipeline of one of the `KINDS` that can be loaded and called."
+    write_pipeline(KINDS[kind], folder)
+    for name, part in PIPELINES[KINDS[kind]].items():
+        if not isinstance(part, tuple) or part == NONE or "Scheduler" in part[1]: continue
+        made = small_tokenizer(part[1]) if "Tokenizer" in part[1] else random_network(folder / name)
+        made.save_pretrained(folder / name)
     return folder

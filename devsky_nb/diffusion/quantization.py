@@ -39,8 +39,9 @@ def bnb_settings(use_4bit: bool = True,  # False: 8 bits
     return {"load_in_4bit": True, "bnb_4bit_quant_type": quant_type,
             "bnb_4bit_compute_dtype": compute_dtype or torch.float16, "bnb_4bit_use_double_quant": double_quant}
 
-def settings_label(settings: dict) -> str:  # "nf4-dq", "nf4", "fp4-dq", "fp4" or "int8"
+def settings_label(settings: dict) -> str:  # "nf4-dq", "nf4", "fp4-dq", "fp4", "int8"; or "torchao-int8"…
     "The short name of a set of settings."
+    if "backend" in settings: return f"{settings['backend']}-{settings['format']}"  # not of bitsandbytes
     if settings.get("load_in_8bit"): return "int8"
     double = "-dq" if settings.get("bnb_4bit_use_double_quant") else ""
     return settings.get("bnb_4bit_quant_type", "fp4") + double
@@ -159,10 +160,20 @@ def check_pipeline_call(quantization_config: object = None,  # as given to a pip
                           details={"given": kind})
 
 # %% ../../nbs/diffusion/01_quantization.ipynb #aca7f689
-def quantized_layers(network: "torch.nn.Module") -> int:
-    "How many layers hold their weights in 8 or 4 bits."
+def is_quantized(layer: Any) -> bool:
+    "Whether a layer holds its weight in fewer bits, in any of the ways that there are."
+    import torch
     from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
-    return sum(isinstance(layer, Linear4bit | Linear8bitLt) for layer in network.modules())
+    if isinstance(layer, Linear4bit | Linear8bitLt) or type(layer).__name__ == "GGUFLinear": return True
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, torch.Tensor): return False
+    of_torchao = type(weight).__module__.startswith("torchao.")
+    in_8_bit_floats = weight.is_floating_point() and weight.dtype.itemsize == 1
+    return of_torchao or in_8_bit_floats
+
+def quantized_layers(network: "torch.nn.Module") -> int:
+    "How many layers hold their weights in fewer bits."
+    return sum(map(is_quantized, network.modules()))
 
 # %% ../../nbs/diffusion/01_quantization.ipynb #ecfd1013
 def is_no_cast_warning(record: logging.LogRecord) -> bool:

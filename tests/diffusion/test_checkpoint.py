@@ -107,7 +107,7 @@ def test_what_changes_while_it_is_read_is_not_kept(tmp_path, monkeypatch):
     def meanwhile(*args):
         exchange(folder / UNET)
         return real(*args)
-    monkeypatch.setattr("devsky_nb.diffusion.sdxl.from_cache", meanwhile)
+    monkeypatch.setattr("devsky_nb.diffusion.pipelines.from_cache", meanwhile)
     report = load(tmp_path, folder).load_report
     assert report.checkpoint is None and "changed while they were read" in report.warnings[0]
     assert not (tmp_path / "hub-quantized").exists()

@@ -12,7 +12,7 @@ from devsky_nb.diffusion.drawing import decode
 from devsky_nb.diffusion.load import network_sizes, peak_warning, weight_bytes
 from devsky_nb.diffusion.networks import back_to_format, load_vae, stored_vae
 from devsky_nb.diffusion.quantization import PARTS
-from devsky_nb.diffusion.sdxl import load_sdxl
+from devsky_nb.diffusion.pipelines import load_with_settings
 from devsky_nb.errors import InsufficientMemoryError, ValidationError
 from devsky_nb.hub.locate import locate_model
 from devsky_nb.memory.estimate import estimate_vram
@@ -101,7 +101,7 @@ def test_a_vae_is_brought_back_where_there_is_no_room_for_a_single_tensor_more(p
 
 def test_a_vae_is_whole_again_that_the_pipelines_own_call_has_cast(tmp_path):
     with pretended("cuda") as gpu:
-        pipeline = load_sdxl("tiny-sdxl", "cuda", dtype=torch.float16, cache_dir=tmp_path / "hub", offline=True)
+        pipeline = load_with_settings("tiny-sdxl", "cuda", dtype=torch.float16, cache_dir=tmp_path / "hub", offline=True)
         decode, size, convert = pipeline.vae.decode, sum(weight.nbytes for weight in pipeline.vae.parameters()), pipeline.vae.to
         first = call(pipeline)
         for share in (.3, 1.5):
@@ -119,7 +119,7 @@ def test_a_vae_is_whole_again_that_the_pipelines_own_call_has_cast(tmp_path):
 @pytest.mark.parametrize("kind", ["mps", "cuda"])
 def test_a_vae_in_float32_stays_so_whoever_draws(kind, tmp_path):
     with pretended(kind):
-        pipeline = load_sdxl("tiny-sdxl", kind, dtype=torch.float16, vae="fp32", cache_dir=tmp_path / "hub", offline=True)
+        pipeline = load_with_settings("tiny-sdxl", kind, dtype=torch.float16, vae="fp32", cache_dir=tmp_path / "hub", offline=True)
         twin = copy.deepcopy(pipeline)
         for drawn in (call(pipeline), call(twin)): assert np.isfinite(drawn).all() and drawn.std() > .01
         assert twin.vae.to(kind) is twin.vae is not pipeline.vae

@@ -36,7 +36,7 @@ from devsky_nb.diffusion.checkpoint import (
 from devsky_nb.diffusion.load import build, LoadReport, make_request, weight_bytes
 from devsky_nb.diffusion.networks import guard, load_network, load_on_cpu, repacked
 from devsky_nb.diffusion.quantization import bnb_settings, PARTS, quantized_layers
-from devsky_nb.diffusion.sdxl import load_sdxl
+from devsky_nb.diffusion.pipelines import load_with_settings
 from devsky_nb.diffusion.sdxl import load_sdxl_pipeline_with_quantization_v1 as load_v1
 from devsky_nb.diffusion.sdxl import load_sdxl_pipeline_with_quantization_v2 as load_v2
 from devsky_nb.errors import InsufficientMemoryError, ModelLoadError, ModelNotFoundError, ValidationError
@@ -332,11 +332,11 @@ WRONG = {  # the call; what the message must say: the value, and the remedy
         ["load_in_4bit", "PipelineQuantizationConfig("],
     ),
     "8-bit flag, plain": (
-        lambda: load_sdxl("tiny-sdxl", load_in_8bit=True),
+        lambda: load_with_settings("tiny-sdxl", load_in_8bit=True),
         ["load_in_8bit", "PipelineQuantizationConfig("],
     ),
     "config, plain": (
-        lambda: load_sdxl("tiny-sdxl", quantization_config=config_of(transformers)),
+        lambda: load_with_settings("tiny-sdxl", quantization_config=config_of(transformers)),
         ["BitsAndBytesConfig", "PipelineQuantizationConfig("],
     ),
     "4-bit backend, 8-bit flag": (
@@ -427,7 +427,7 @@ WRONG = {  # the call; what the message must say: the value, and the remedy
     ),
     "unknown option": (lambda: load_v1("tiny-sdxl", quantise=True), ["quantise"]),
     "old dtype": (lambda: load_v1("tiny-sdxl", torch_dtype=torch.float32), ["torch_dtype", "dtype="]),
-    "old dtype, plain": (lambda: load_sdxl("tiny-sdxl", torch_dtype=torch.float32), ["torch_dtype", "dtype="]),
+    "old dtype, plain": (lambda: load_with_settings("tiny-sdxl", torch_dtype=torch.float32), ["torch_dtype", "dtype="]),
     "dtype as a text": (lambda: load_v1("tiny-sdxl", dtype="float16"), ["'float16'", "torch.float16"]),
     "dtype of integers": (lambda: load_v2("tiny-sdxl", dtype=torch.int8), ["torch.int8", "torch.float16"]),
     "no such device": (lambda: load_v1("tiny-sdxl", device="cuda:7"), ["'cuda:7'", f"use {detect_device()!r}"]),
@@ -607,7 +607,7 @@ def test_too_little_memory_is_known_from_the_headers(tmp_path, nothing_loaded):
         {"conv_in.weight": (1 << 18, 1 << 9, 3, 3), "proj.weight": (1 << 20, 1 << 18)},
     )
     assert os.stat(tmp_path/"huge"/"unet"/"diffusion_pytorch_model.safetensors").st_size > 1 << 39
-    for options in ({}, {"use_4bit": False}, {"loader": load_v2}, {"loader": load_sdxl}):
+    for options in ({}, {"use_4bit": False}, {"loader": load_v2}, {"loader": load_with_settings}):
         with pytest.raises(InsufficientMemoryError, match="Nothing would fit: the smallest, nf4-dq, needs 1"):
             load(tmp_path, tmp_path / "huge", **options)
 
@@ -620,11 +620,11 @@ def test_what_would_fit_is_said(tmp_path):
     order = sorted(sizes, key=sizes.get)
     assert order == ["nf4", "nf4-dq", "int8", "float32"]  # in layers as small as these tables outweigh scales
     for i, label in enumerate(order):
-        with pytest.raises(InsufficientMemoryError) as e: load(tmp_path, loader=load_sdxl, budget=sizes[label] - 1)
+        with pytest.raises(InsufficientMemoryError) as e: load(tmp_path, loader=load_with_settings, budget=sizes[label] - 1)
         assert e.value.details["fits"] == {k: sizes[k] for k in order[:i]} and e.value.details["sizes"] == sizes
         assert e.value.details["needed"] == sizes["float32"] and e.value.details["free"] == sizes[label] - 1
         assert all(f"{k} (" in str(e.value) for k in order[:i]) and ("Nothing would fit" in str(e.value)) == (i == 0)
-    assert load(tmp_path, loader=load_sdxl, budget=sizes["float32"]).load_report.label == "float32"
+    assert load(tmp_path, loader=load_with_settings, budget=sizes["float32"]).load_report.label == "float32"
     with pytest.raises(InsufficientMemoryError): load(tmp_path, budget=sizes["nf4-dq"] - 1)
 
 
@@ -677,7 +677,7 @@ def test_a_broken_kernel_gives_the_model_as_it_is(tmp_path, monkeypatch):
         and report.fallback in repr(report) + report._repr_html_()
     )
     assert kept(tmp_path) == ([], []) and report.checkpoint is None and json.dumps(report.to_dict())
-    assert np.array_equal(draw(pipeline), draw(load(tmp_path, loader=load_sdxl)))
+    assert np.array_equal(draw(pipeline), draw(load(tmp_path, loader=load_with_settings)))
     assert pipeline.to(torch.float16).unet.dtype == torch.float16  # it is a plain pipeline: nothing is guarded
     monkeypatch.undo()
     assert load(tmp_path).load_report.label == "nf4-dq"  # the next one is quantized
@@ -741,7 +741,7 @@ def test_a_source_without_all_weights_is_no_fallback(tmp_path):
 def memory_left(cache, folder):
     "Bytes that a failed load leaves while its error is held, what that was, and the bytes of a load that succeeds."
     load(
-        cache, loader=load_sdxl, quantize={"text_encoder": bnb_settings()}, quantize_once=False
+        cache, loader=load_with_settings, quantize={"text_encoder": bnb_settings()}, quantize_once=False
     )  # what the libraries take once
     estimate_vram(folder)  # the planner keeps its trace
     release_memory()
@@ -751,7 +751,7 @@ def memory_left(cache, folder):
         try:load(cache, folder, fallback=False)
         except ModelLoadError as e: held = e
     failed = process_memory() - before
-    pipeline = load(cache, folder, loader=load_sdxl)
+    pipeline = load(cache, folder, loader=load_with_settings)
     release_memory()
     return failed, count[0], str(held.original_error), process_memory() - before
 
@@ -1124,7 +1124,7 @@ def test_what_is_saved_comes_back(kind, tmp_path):
 
 
 def test_what_is_not_to_be_saved(usual, tmp_path):
-    pipeline, plain = load(usual[0]), load(tmp_path, loader=load_sdxl)
+    pipeline, plain = load(usual[0]), load(tmp_path, loader=load_with_settings)
     (tmp_path/"full").mkdir()
     (tmp_path/"full"/"mine.txt").write_text("mine")
     (tmp_path/"file").write_text("mine")
@@ -1200,7 +1200,7 @@ def test_what_a_vae_would_not_do_is_refused(tmp_path, nothing_loaded):
     config = folder/"vae"/"config.json"
     config.write_text(json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"force_upcast": False}), encoding="utf-8")
     for call in (lambda: load(tmp_path, folder, vae="upcast", dtype=torch.float16),
-                 lambda: load(tmp_path, folder, load_sdxl, vae="upcast", dtype=torch.float16),
+                 lambda: load(tmp_path, folder, load_with_settings, vae="upcast", dtype=torch.float16),
                  lambda: QuantizedSDXLGenerator(folder, device="cpu", vae="upcast", dtype=torch.float16)):
         with pytest.raises(ValidationError, match="needs none .force_upcast is false.*Use vae='fp32', or 'auto'"): call()
 

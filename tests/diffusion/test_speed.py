@@ -262,7 +262,7 @@ def test_offloaded_weights_are_left_where_they_are(pipeline, image):
     report = optimize(pipeline, techniques=NAMES, **SMALL)
     assert report.applied == {}
     for name in ("half precision", "channels_last", "compiled blocks", "model offload"):
-        assert "group offload" in report.skipped[name]
+        assert "group-leaf offload" in report.skipped[name]
 
 
 def test_quantized_pipelines_keep_their_weights_and_get_the_rest():
