@@ -19,7 +19,7 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 -m "not slow"
-	printf '%s\n' cuda cuda:2 mps | OMP_NUM_THREADS=1 xargs -P 2 -I GPU python -m pytest -q -m device --pretend GPU $$(grep -rl --include='*.py' mark.device tests)
+	printf '%s\n' cuda mps | OMP_NUM_THREADS=1 xargs -P 2 -I GPU python -m pytest -q -m device --pretend GPU $$(grep -rl --include='*.py' mark.device tests)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
 
 test-min: .venv-min/done  ## the tests with the oldest libraries that settings.ini allows
@@ -28,8 +28,9 @@ test-min: .venv-min/done  ## the tests with the oldest libraries that settings.i
 types: .venv/dev  ## a type checker over the package and over a program that uses the whole public API
 	mypy
 
-slow: .venv/dev  ## the tests that take long: killed clusters, the built wheel, memory that must come back, compiled code, every trace
+slow: .venv/slow  ## the tests that take long: killed clusters, the built wheel, memory that must come back, compiled code, every trace
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --durations 5 -m slow
+	OMP_NUM_THREADS=1 python -m pytest -q -m device --pretend cuda:2 $$(grep -rl --include='*.py' mark.device tests)
 
 docs: .venv/docs  ## the site, from the executed notebooks: _docs/index.html
 	OMP_NUM_THREADS=1 python tools/docs.py
@@ -37,8 +38,9 @@ docs: .venv/docs  ## the site, from the executed notebooks: _docs/index.html
 browser: .venv/browser docs  ## the site and the widgets in a real browser (Chromium must be on PATH)
 	OMP_NUM_THREADS=1 DEVSKY_BROWSER=required python -m pytest -q --numprocesses 2 --dist loadfile -m browser
 
-traces: .venv/dev  ## after a change to tracing or to the pinned libraries: take the traces that the package carries anew
+traces: .venv/dev  ## after a change to tracing or to the pinned libraries: take the traces that the package and its published figures carry anew
 	python tools/traces.py
+	python tools/published.py
 
 planner: .venv/dev  ## after the same changes: predict the grid of the site's planner anew (half an hour; traces are kept in build/)
 	OMP_NUM_THREADS=1 python tools/planner.py
@@ -82,6 +84,10 @@ clean:  ## remove the environment and everything generated beside the sources
 .venv/dev: .venv/bin/python settings.ini setup.py constraints.txt
 	$(PIP) --editable '.[diffusion,ui,dev]'
 	@touch .venv/run $@
+
+.venv/slow: .venv/dev
+	$(PIP) --editable '.[diffusion,ui,dev,slow]'
+	@touch $@
 
 .venv/bench: .venv/dev
 	$(PIP) --editable '.[diffusion,ui,dev,bench]'

@@ -16,8 +16,9 @@ def entries(key: str) -> list[str]:
 
 
 extras = {extra: entries(f"{extra}_requirements")
-          for extra in ("diffusion", "ui", "fast", "ray", "dev", "bench", "lab", "docs", "browser")}
-extras["all"] = [line for extra in ("diffusion", "ui", "fast", "ray") for line in extras[extra]]
+          for extra in ("diffusion", "ui", "ray", "open_clip", "torchao", "gguf", "remote", "heif", "faiss", "usearch", "lancedb",
+                        "qdrant", "dev", "slow", "bench", "lab", "docs", "browser")}
+extras["all"] = [line for extra in ("diffusion", "ui", "ray") for line in extras[extra]]
 
 setup(
     name=cfg["lib_name"],

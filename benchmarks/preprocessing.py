@@ -33,8 +33,8 @@ def photographs(size: tuple[int, int]) -> list[bytes]:
 
 def middle(size: tuple[int, int], short: int = 224) -> tuple[tuple[int, int], tuple[int, int]]:
     "The resized size, and where the square starts in it."
-    from devsky_nb.images.preprocess import resized_size
-    w, h = resized_size(*size, short)
+    from devsky_nb.images.placement import resized_size
+    w, h = resized_size(*size, "shortest", (short, short))
     return (w, h), ((w - short) // 2, (h - short) // 2)
 
 
@@ -43,8 +43,8 @@ def candidates() -> dict:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     from devsky_nb.images.load import load_image
-    from devsky_nb.images.preprocess import ClipPreprocessor
-    theirs, ours = CLIPImageProcessorPil(), ClipPreprocessor()
+    from devsky_nb.images.preprocess import ImagePreprocessor
+    theirs, ours = CLIPImageProcessorPil(), ImagePreprocessor()
     reference = lambda image: np.asarray(theirs(image, return_tensors="np")["pixel_values"][0])
     floats = lambda pixels: np.stack([ours.table[c][pixels[..., c]] for c in range(3)])
 
@@ -90,7 +90,7 @@ def candidates() -> dict:
 
 def measure(files: list[bytes], rounds: int) -> dict:
     "Every candidate in turn on the same files."
-    from devsky_nb.images.preprocess import CLIP_STD
+    from devsky_nb.images.processors import CLIP_STD
     sides = candidates()
     levels = np.float32(CLIP_STD)[:, None, None] * 255
     exact = [sides["reference"](d) for d in files]

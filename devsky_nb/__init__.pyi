@@ -15,16 +15,19 @@ from .hub.verify import verify_cache as verify_cache
 from .hub.pins import pin as pin, unpin as unpin
 from .images.load import load_image as load_image
 from .images.policy import ImagePolicy as ImagePolicy
-from .embedding.embedder import CLIPImageEmbedder as CLIPImageEmbedder
+from .embedding.embedder import ImageEmbedder as ImageEmbedder, CLIPImageEmbedder as CLIPImageEmbedder
 from .embedding.bulk import embed_images as embed_images
 from .embedding.search import VectorIndex as VectorIndex, FolderIndex as FolderIndex
 from .embedding.pairs import similar_pairs as similar_pairs
+from .embedding.ask import search_images as search_images, SearchReport as SearchReport
+from .embedding.export import export_embeddings as export_embeddings, ExportReport as ExportReport
 from .validation.account import validate_image_embeddings as validate_image_embeddings
 from .validation.report import check_image_set as check_image_set, ValidationReport as ValidationReport
 from .validation.contract import ImageSetContract as ImageSetContract
 from .memory.estimate import estimate_vram as estimate_vram
 from .memory.plan import plan_vram as plan_vram
 from .memory.monitor import VramMonitor as VramMonitor
+from .diffusion.pipelines import load_quantized_pipeline as load_quantized_pipeline
 from .diffusion.sdxl import (
     load_sdxl_pipeline_with_quantization_v1 as load_sdxl_pipeline_with_quantization_v1,
     load_sdxl_pipeline_with_quantization_v2 as load_sdxl_pipeline_with_quantization_v2,

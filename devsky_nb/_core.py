@@ -50,6 +50,14 @@ def format_count(n: int,
     "A number with its noun."
     return f"{n:,} {singular if n == 1 else plural or singular + 's'}"
 
+# %% ../nbs/02_core.ipynb #2407e494
+def one_line(value: object, width: int = 80) -> str:
+    "One printable line of text, whatever it is made from."
+    try: text = value if type(value) is str else str(value)
+    except Exception: text = f"<{type(value).__name__}>"
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:4 * width])
+    return text if len(text) <= width else text[:width - 1] + "…"
+
 # %% ../nbs/02_core.ipynb #bff4912b
 def _table_row(tag: str, values: Iterable[object]) -> str:
     cells = (f"<{tag} style='text-align:left'>{html.escape(str(value))}</{tag}>" for value in values)
@@ -64,6 +72,16 @@ def html_table(title: str,
     body = "".join(_table_row("td", row) for row in rows)
     if not body: return caption
     return f"{caption}<table><thead>{_table_row('th', columns)}</thead><tbody>{body}</tbody></table>"
+
+# %% ../nbs/02_core.ipynb #07cf84bd
+def page_html(template: str,  # its name
+              content: Mapping[str, Any],  # what it shows
+              ) -> str:
+    "A page from one of our templates."
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    env = Environment(loader=PackageLoader("devsky_nb"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+                      undefined=StrictUndefined)
+    return env.get_template(template).render(content)
 
 # %% ../nbs/02_core.ipynb #861d2f94
 @contextmanager
@@ -304,9 +322,11 @@ def check_share(name: str, value: object) -> float:  # `value`
     return check_number(name, value, 0, 1)
 
 # %% ../nbs/02_core.ipynb #02c0re02
-EXTRAS = {"diffusers": "diffusion", "accelerate": "diffusion", "bitsandbytes": "diffusion", "peft": "diffusion",
+EXTRAS = {"faiss": "faiss", "usearch": "usearch", "lancedb": "lancedb", "qdrant_client": "qdrant",
+          "diffusers": "diffusion", "accelerate": "diffusion", "bitsandbytes": "diffusion", "peft": "diffusion",
           "ipywidgets": "ui", "matplotlib": "ui",
-          "onnx": "fast", "onnxruntime": "fast", "torchao": "fast", "ray": "ray"}
+          "ray": "ray", "torchao": "torchao", "gguf": "gguf",
+          "open_clip": "open_clip", "pillow_heif": "heif", "s3fs": "remote", "gcsfs": "remote"}
 
 def require(*libraries: str) -> None:
     "Say how to install a library that is missing, before it is first imported."

@@ -19,7 +19,7 @@ from .errors import DevSkyyError, FileNotFoundError, ModelNotFoundError, Validat
 if TYPE_CHECKING:
     from PIL import Image
 
-    from devsky_nb.embedding.embedder import CLIPImageEmbedder
+    from devsky_nb.embedding.embedder import ImageEmbedder
     from devsky_nb.hub.registry import ModelRegistry
 
 # %% ../nbs/03_cli.ipynb #5712ea01
@@ -95,6 +95,22 @@ def add_action(actions: "argparse._SubParsersAction[argparse.ArgumentParser]",
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_debug(parser, argparse.SUPPRESS)
     return parser
+
+def add_examples(parser: argparse.ArgumentParser, *lines: str) -> None:
+    "Calls to copy, at the end of the help."
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+def parse_arguments(parser: argparse.ArgumentParser,
+                    argv: list[str] | None,
+                    ) -> argparse.Namespace:
+    "Parse, and take words behind an option as words too: before Python 3.12 argparse loses those of `nargs='*'`."
+    args, rest = parser.parse_known_args(argv)
+    words = getattr(args, "text", None)
+    if not rest: return args
+    if isinstance(words, list) and not any(word.startswith("-") for word in rest): words += rest
+    else: parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 def add_debug(parser: argparse.ArgumentParser, default: Any) -> None:
     "Before the command and after it."
@@ -208,7 +224,7 @@ def main(argv: list[str] | None = None,  # None: those of the process
         SystemExit: the arguments are not those of a command, or ask for help.
     """
     with streams_that_take_anything():
-        args = make_parser().parse_args(argv)
+        args = parse_arguments(make_parser(), argv)
         try:
             try:
                 with interruptible(): return run(args)
@@ -265,7 +281,7 @@ def demo(args: argparse.Namespace) -> int:
             return generator.generate_batch(captions, seeds=seeds, batch_size=8, num_inference_steps=6,
                                             guidance_scale=3., progress=not args.quiet)
     image_set = devsky_nb.write_catalogue(args.out / "catalogue", n=args.images, seed=args.seed, draw=draw)
-    embedder = devsky_nb.CLIPImageEmbedder("tiny-clip")
+    embedder = devsky_nb.ImageEmbedder("tiny-clip")
     report = devsky_nb.check_image_set(image_set, embedder, progress=not args.quiet)
     report.to_json(args.out / "report.json")
     report.to_html(args.out / "report.html")
@@ -290,30 +306,36 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", type=file_path, metavar="DIR", help="refuse images outside this folder")
     add_hub_options(parser)
 
-def make_embedder(args: argparse.Namespace, **kwargs: Any) -> "CLIPImageEmbedder":
+def make_embedder(args: argparse.Namespace, **kwargs: Any) -> "ImageEmbedder":
     "The embedder that the options describe."
     policy = devsky_nb.ImagePolicy(root=args.root)
-    return devsky_nb.CLIPImageEmbedder(args.model, args.device, args.cache_dir, offline=args.offline,
-                                       revision=args.revision, policy=policy, **kwargs)
+    return devsky_nb.ImageEmbedder(args.model, args.device, args.cache_dir, offline=args.offline,
+                                   revision=args.revision, policy=policy, **kwargs)
 
 # %% ../nbs/03_cli.ipynb #15c10009
 def embed_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SOURCE",
-                        help="folder of images, Parquet files or tar shards; one such file; a list (.json, .jsonl, "
-                             ".csv, .tsv, .txt); or a pattern such as 'shards/{000..099}.tar'")
+                        help="folder of images, of tar or ZIP files, or of Parquet files; one such file; a list (.json, "
+                             ".jsonl, .csv, .tsv, .txt); a pattern such as 'shards/{000..099}.tar'; or the address of "
+                             "one of these: https://, hf://, s3://, gs:// …")
     parser.add_argument("--out", type=file_path, required=True, metavar="DIR",
                         help="folder for the Parquet files; what an earlier run left there is used again")
     parser.add_argument("--anew", action="store_true", help="use nothing of an earlier run, and replace it")
+    parser.add_argument("--prune", action="store_true",
+                        help="remove the rows of images that SOURCE has no more, also if they are most of DIR")
     parser.add_argument("--engine", default="local", help="local or ray (default: %(default)s)")
     parser.add_argument("--shard-rows", type=int, default=10_000, metavar="N",
                         help="rows per file (default: %(default)s)")
     parser.add_argument("--dtype", default="float32", help="of the vectors: float32 or float16 (default: %(default)s)")
-    parser.add_argument("--column", metavar="NAME", help="of a Parquet source: where the images are (default: found)")
-    parser.add_argument("--id-column", metavar="NAME", help="of a Parquet source: unique ids (default: file and row)")
-    parser.add_argument("--output", default="projected", help="projected, pooled or cls (default: %(default)s)")
+    parser.add_argument("--column", metavar="NAME", help="of a table or list: where images, paths or addresses are (default: found)")
+    parser.add_argument("--id-column", metavar="NAME", help="of a table or list: unique ids (default: 'id' of a list; else file and row)")
+    parser.add_argument("--output", help="projected, pooled, cls or mean, of those that the model has "
+                                         "(default: what such a model is searched with)")
     parser.add_argument("--precision", default="auto",
-                        help="fp32, bf16, fp16, or auto: what is fastest and faithful on a sample of a large job, "
-                             "else fp32 (default: %(default)s)")
+                        help="fp32, int8, bf16, fp16, or auto: fp32 for fewer than 1,000 images; for more, int8 (bf16 "
+                             "or fp16 on a GPU) if a sample shows that it is faithful (default: %(default)s)")
+    parser.add_argument("--backend", help="onnxruntime or torch (default: onnxruntime on a CPU, where the network can be "
+                                          "written down for it; else torch)")
     add_model_options(parser)
 
 # %% ../nbs/03_cli.ipynb #b94db28b
@@ -325,13 +347,67 @@ def embed(args: argparse.Namespace) -> int:
     engine = RayEngine() if check_choice("engine", args.engine, ("local", "ray")) == "ray" else "local"
     check_place("--out", args.out, is_folder=True)
     source = open_source(args.source, args.column, args.id_column)
-    embedder = make_embedder(args, output=args.output, precision=args.precision)
+    embedder = make_embedder(args, output=args.output, precision=args.precision, backend=args.backend)
     with redirect_stdout(sys.stderr):  # Ray says there what happens to its workers
-        report = devsky_nb.embed_images(source, args.out, embedder, resume=not args.anew, engine=engine,
+        report = devsky_nb.embed_images(source, args.out, embedder, resume=not args.anew, prune=args.prune, engine=engine,
                                         batch_size=args.batch_size, shard_rows=args.shard_rows, dtype=args.dtype,
                                         progress=not args.quiet)
     emit(report, args.json)
     return 0 if report.embedded else 1
+
+# %% ../nbs/03_cli.ipynb #086bf298
+def search_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=file_path, metavar="OUT", help="folder that devsky embed wrote")
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="what to look for, in words; several are several questions")
+    parser.add_argument("--image", action="append", default=[], type=file_path, metavar="FILE",
+                        help="look for images like this one; may be given again")
+    parser.add_argument("-k", type=int, metavar="N", help="answers to each question (default: 10)")
+    parser.add_argument("--html", type=file_path, metavar="PAGE", help="write the answers as one page with thumbnails")
+    parser.add_argument("--model", metavar="NAME", help="alias, Hub id or folder (default: the one that made OUT)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    parser.add_argument("--root", type=file_path, metavar="DIR", help="show no images outside this folder")
+    add_hub_options(parser)
+    add_examples(parser, 'devsky search vectors "a red dress"', "devsky search vectors --image dress.jpg -k 20",
+                 'devsky search vectors "a red dress" "a blue coat" --html found.html',
+                 'devsky search vectors "a red dress" --json')
+
+# %% ../nbs/03_cli.ipynb #de256356
+@command(search_options)
+def search(args: argparse.Namespace) -> int:
+    "Find the images of a data set that are nearest to a text or an image."
+    if args.html: check_place("--html", args.html, is_folder=False)
+    texts = [name_text(text) for text in args.text]  # an argument is bytes, as a file's name is
+    found = devsky_nb.search_images(args.out, texts or None, args.image, args.k, model=args.model, device=args.device,
+                                    root=args.root, revision=args.revision, cache_dir=args.cache_dir,
+                                    offline=args.offline, progress=not args.quiet and sys.stderr.isatty())
+    if args.html: found.to_html(args.html)
+    emit(found, args.json)
+    if args.html: print(f"The page to look at: {args.html}", file=sys.stderr)
+    return 0
+
+# %% ../nbs/03_cli.ipynb #5e67025c
+def export_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=file_path, metavar="OUT", help="folder that devsky embed wrote")
+    parser.add_argument("dest", metavar="DEST",
+                        help="where to write: a file for parquet, else a folder, or the URL of a Qdrant server")
+    parser.add_argument("--to", default="parquet", metavar="FORMAT",
+                        help="parquet, faiss, usearch, lancedb or qdrant (default: %(default)s)")
+    parser.add_argument("--copies", default="listed", metavar="HOW",
+                        help="copies of an image: listed in its row, or repeated as rows (default: %(default)s)")
+    parser.add_argument("--table", default="images", metavar="NAME",
+                        help="in a database: of the table or collection (default: %(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    add_examples(parser, "devsky export vectors shop.parquet", "devsky export vectors --to faiss shop-faiss",
+                 "devsky export vectors --to lancedb databases/shop --table images",
+                 "devsky export vectors --to qdrant http://localhost:6333 --table shop --overwrite")
+
+@command(export_options)
+def export(args: argparse.Namespace) -> int:
+    "Write the vectors of a data set for another search engine."
+    report = devsky_nb.export_embeddings(args.out, args.dest, args.to, overwrite=args.overwrite, copies=args.copies,
+                                         table=args.table, progress=not args.quiet and sys.stderr.isatty())
+    emit(report, args.json)
+    return 0
 
 # %% ../nbs/03_cli.ipynb #15c1000c
 def validate_options(parser: argparse.ArgumentParser) -> None:
@@ -409,7 +485,17 @@ def generate(args: argparse.Namespace) -> int:
     return 0
 
 # %% ../nbs/03_cli.ipynb #15c10010
+PLAN_EXAMPLES = """examples:
+  devsky plan sdxl-base --budget 8GB
+  devsky plan flux1-dev --config "nf4, model offload" --card ada
+  devsky plan sdxl-base --budget 12GB --controlnet --ip-adapter plus --lora 16 --vae fp16-fix
+  devsky plan qwen-image-edit-2509 --budget 24GB --images 2
+  devsky plan wan22-ti2v-5b --budget 24GB --frames 49 --no-guidance --host-budget 32GB
+"""
+
 def plan_options(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = PLAN_EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="NAME", help="alias such as sdxl-base, Hub id, or folder; weights are not needed")
     parser.add_argument("--budget", metavar="SIZE",
                         help="memory that PyTorch may take: 8GB (8·10⁹ bytes) or 7.5GiB (7.5·2³⁰)")
@@ -424,7 +510,17 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
                         help="number format (default: what suits the model)")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), default="cuda",
                         help="where it is to run (default: %(default)s)")
-    parser.add_argument("--no-guidance", action="store_true", help="run the denoiser once a step, not twice")
+    parser.add_argument("--card", choices=("volta", "ampere", "ada", "hopper"),
+                        help="generation of the GPU (default: the one that takes most)")
+    parser.add_argument("--vae", choices=("upcast", "fp16-fix", "fp32", "tiny"), help="one way to decode (default: all that suit)")
+    parser.add_argument("--guidance", action=argparse.BooleanOptionalAction,
+                        help="with a prompt and its opposite, or once a step (default: as the model is usually run)")
+    parser.add_argument("--images", type=int, metavar="N", help="that are drawn from (default: as many as the model needs)")
+    parser.add_argument("--controlnet", nargs="?", const=True, default=False, metavar="NAME",
+                        help="with a ControlNet: folder or Hub id; alone: one in the shape of the UNet")
+    parser.add_argument("--ip-adapter", nargs="?", const=True, default=False, metavar="FORM",
+                        help="with an IP-Adapter: plain (the default), vit-h or plus")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="with a LoRA of this rank that is not fused")
     parser.add_argument("--without", action="append", metavar="PART",
                         help="a component to do without: safety_checker or text_encoder_3")
     parser.add_argument("--fetch", action="store_true",
@@ -439,9 +535,10 @@ def plan(args: argparse.Namespace) -> int:
     registry = devsky_nb.ModelRegistry(cache_dir=args.cache_dir, offline=args.offline)
     result = devsky_nb.plan_vram(args.model, args.budget, config=args.config, host_budget=args.host_budget,
                                  dtype=args.dtype, width=args.width, height=args.height, frames=args.frames,
-                                 batch=args.batch, guidance=False if args.no_guidance else None, without=args.without or [],
-                                 device=args.device, top=args.top, registry=registry, revision=args.revision,
-                                 fetch=args.fetch)
+                                 batch=args.batch, guidance=args.guidance, without=args.without or [],
+                                 images=args.images, vae=args.vae, controlnet=args.controlnet, lora=args.lora,
+                                 ip_adapter=args.ip_adapter, device=args.device, card=args.card, top=args.top,
+                                 registry=registry, revision=args.revision, fetch=args.fetch)
     emit(result, args.json)
     return 0 if result.best else 1
 

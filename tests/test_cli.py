@@ -118,7 +118,7 @@ def test_the_demo_again_in_the_same_folder(tmp_path):
     (["embed", ".", "--out", "x", "--model", "tiny-clip", "--device", "tpu"], "no device 'tpu'"),
     (["embed", ".", "--out", "x", "--model", "tiny-clip", "--precision", "int3"], "expected one of auto"),
     (["embed", ".", "--out", "x", "--model", "tiny-clip", "--engine", "spark"], "expected one of local, ray"),
-    (["embed", "nbs/index.ipynb", "--out", "x", "--model", "tiny-clip"], "is no image, no tar, no Parquet file and no list of images"),
+    (["embed", "nbs/index.ipynb", "--out", "x", "--model", "tiny-clip"], "is no image, no archive, no Parquet file and no list of images"),
     (["validate", "no-such-folder", "--model", "tiny-clip"], "no-such-folder"),
     (["validate", "settings.ini", "--model", "tiny-clip"], "neither a folder nor an image set"),
     (["validate", "nbs", "--model", "tiny-clip", "--contract", "no-such.yaml"], "no-such.yaml"),

@@ -36,6 +36,8 @@ def words(command, shop, out):
 TINY = ("--model", "tiny-clip")
 COMMANDS = {
     "embed": ["embed", "SHOP", "--out", "OUT", *TINY, "--precision", "fp32"],
+    "search": ["search", "OUT/none ✓", "ein rotes Kleid"],
+    "export": ["export", "OUT/none ✓", "OUT/größe.parquet", "--to", "parquet"],
     "validate": ["validate", "SHOP", *TINY, "--html", "OUT/größe.html", "--report", "OUT/größe.json"],
     "generate": ["generate", "ein größes Kleid ✓", "--model", "tiny-sdxl", "--steps", "2", "--out", "OUT", "--cache-dir", "HUB"],
     "plan": ["plan", "tiny-sdxl", "--budget", "1GB", "--device", "cpu"],
@@ -52,7 +54,7 @@ COMMANDS = {
     "cache pin": ["cache", "pin", "größe/✓", "main", "café", "--cache-dir", "HUB"],
     "cache unpin": ["cache", "unpin", "a/b", "café ✓", "--cache-dir", "HUB"],
 }
-STATUS = {"plan nothing": 2, "doctor": 1, "doctor place": 2, "models prefetch": 2, "cache pin": 2, "cache unpin": 2}
+STATUS = {"search": 2, "export": 2, "plan nothing": 2, "doctor": 1, "doctor place": 2, "models prefetch": 2, "cache pin": 2, "cache unpin": 2}
 
 
 def test_every_command_is_walked():

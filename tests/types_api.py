@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 
 from devsky_nb import (
-    CLIPImageEmbedder, DevSkyyError, FolderIndex, Garment, ImagePolicy, ImageSetContract, InsufficientMemoryError,
+    CLIPImageEmbedder, DevSkyyError, ExportReport, FolderIndex, Garment, ImageEmbedder, ImagePolicy, ImageSetContract, InsufficientMemoryError,
     MLError, ModelLoadError, ModelNotFoundError, ModelRegistry, ModelSpec, QuantizedSDXLGenerator, ValidationError,
-    ValidationReport, VectorIndex, VramMonitor, cache_manager, cache_report, check_environment, check_image_set,
-    check_pipeline_call, embed_images, embedding_explorer, estimate_vram, fix_source, load_image, load_model,
-    load_quantized, load_sdxl_pipeline_with_quantization_v1, load_sdxl_pipeline_with_quantization_v2,
+    SearchReport, ValidationReport, VectorIndex, VramMonitor, cache_manager, cache_report, check_environment, check_image_set,
+    check_pipeline_call, embed_images, embedding_explorer, estimate_vram, export_embeddings, fix_source, load_image, load_model,
+    load_quantized, load_quantized_pipeline, load_sdxl_pipeline_with_quantization_v1, load_sdxl_pipeline_with_quantization_v2,
     memory_planner, pin, plan_eviction, plan_vram, quantization_explorer, render_garment, save_quantized,
-    scan_source, similar_pairs, unpin, validate_image_embeddings, validation_review, verify_cache, vram_timeline,
+    scan_source, search_images, similar_pairs, unpin, validate_image_embeddings, validation_review, verify_cache, vram_timeline,
     write_catalogue,
 )
 
@@ -62,11 +62,21 @@ def embedding(paths: list[Path], folder: Path) -> None:
         assert_type(embedder.encode_text(["a red dress", "a blue shirt"]), torch.Tensor)
         assert_type((embedder.dim, embedder.fingerprint), tuple[int, str])
         for result in embedder.embed_stream(paths): print(result.index, result.vector if result.ok else result.error)
+        others: list[ImageEmbedder] = [embedder, ImageEmbedder("siglip2-base", backend="torch", precision="fp32", output=None)]
+        assert_type([other.reads_texts for other in others], list[bool])
+        assert_type(others[1].zero_shot(np.zeros((1, 768), np.float32), ["dress"], relative=True), np.ndarray)
         report = embed_images(folder, "vectors", embedder, resume=True, engine="local")
         assert_type(report.embedded, int)
         index = FolderIndex("vectors")
         found = index.search(texts=["a red dress"], embedder=embedder, k=3)
         print(found, index.vectors.shape, index.ids, index.paths)
+    answers = search_images("vectors", ["a red dress"], images=[paths[0]], k=3)
+    assert_type(answers, SearchReport)
+    assert_type(answers.to_html("found.html"), Path)
+    print(answers.neighbours.ids, answers.to_dict())
+    exported = export_embeddings("vectors", "shop.parquet", to="parquet", overwrite=True, copies="listed")
+    assert_type(exported, ExportReport)
+    assert_type(exported.rows, int)
     vectors = VectorIndex(np.eye(3, dtype=np.float32), ids=["a", "b", "c"])
     print(len(vectors), vectors.search(np.eye(3, dtype=np.float32), k=2))
     for pairs in similar_pairs(np.eye(3, dtype=np.float32), cosine=.9): assert_type(pairs, np.ndarray)
@@ -109,6 +119,7 @@ def diffusion(folder: Path) -> None:
         for drawn in generator.generate_stream(["a dress"], seeds=[1]): drawn.save("dress.png")
     pipeline = load_sdxl_pipeline_with_quantization_v1("tiny-sdxl", use_4bit=True, device="cpu")
     assert_type(save_quantized(pipeline, folder), Path)
+    print(load_quantized_pipeline("tiny-sdxl", {"unet": "int8"}, "bitsandbytes", device="cpu").load_report)
     print(load_quantized(folder, device="cpu"), load_sdxl_pipeline_with_quantization_v2("tiny-sdxl", quantize_text_encoders=False))
 
 

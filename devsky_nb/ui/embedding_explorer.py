@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 
 from .._core import require
 from ..embedding.bulk import embed_images, EmbedReport, Engine, local_engine
-from ..embedding.embedder import check_embedder, CLIPImageEmbedder
+from ..embedding.embedder import check_embedder, ImageEmbedder
 from ..embedding.plan import SourcePlan
 from ..embedding.pool import VectorPool
 from ..embedding.search import FolderIndex, VectorIndex
@@ -71,7 +71,7 @@ def draw_map(corners: np.ndarray,  # (N, 2) from `thumbnail_corners`
 def engine_with_progress(job: Job) -> Engine:  # for `embed_images`
     "The local engine, which tells a job how far it is."
     def engine(plan: SourcePlan,
-               embedder: CLIPImageEmbedder,
+               embedder: ImageEmbedder,
                schema: "pa.Schema",
                pool: VectorPool,
                batch_size: int,
@@ -89,7 +89,7 @@ class EmbeddingExplorer(Panel):
     "A map of a folder's images."
     def __init__(self,
                  folder: Path,
-                 embedder: CLIPImageEmbedder | None,  # None: tiny-clip of the registry
+                 embedder: ImageEmbedder | None,  # None: tiny-clip of the registry
                  out: Path | None,  # of the vectors; None: a temporary folder
                  registry: ModelRegistry | None = None,
                  ):
@@ -97,7 +97,7 @@ class EmbeddingExplorer(Panel):
         self.folder = folder
         self.embedder = embedder
         self.registry = registry
-        self.own_embedder: CLIPImageEmbedder | None = None  # to be closed
+        self.own_embedder: ImageEmbedder | None = None  # to be closed
         self.index: VectorIndex | None = None
         self.points: dict[int, widgets.Button] = {}  # by row
         self.scratch = tempfile.TemporaryDirectory(prefix="devsky-map-")
@@ -121,10 +121,10 @@ class EmbeddingExplorer(Panel):
         if self.own_embedder: self.own_embedder.close()
 
     # %% ../../nbs/ui/04_embedding_explorer.ipynb #384c967c
-    def _embedder(self) -> CLIPImageEmbedder:
+    def _embedder(self) -> ImageEmbedder:
         "The caller's, or one that is loaded when it is first needed."
         if self.embedder is None:
-            self.own_embedder = CLIPImageEmbedder("tiny-clip", registry=self.registry)
+            self.own_embedder = ImageEmbedder("tiny-clip", registry=self.registry)
             self.embedder = self.own_embedder
         return self.embedder
 
@@ -214,7 +214,7 @@ class EmbeddingExplorer(Panel):
 
 # %% ../../nbs/ui/04_embedding_explorer.ipynb #f02d6574
 def embedding_explorer(folder: str | Path,  # with image files, at any depth
-                       embedder: CLIPImageEmbedder | None = None,  # None: tiny-clip, which this package carries
+                       embedder: ImageEmbedder | None = None,  # None: tiny-clip, which this package carries
                        *,
                        out: str | Path | None = None,  # for the vectors, outside `folder`; None: gone when it is closed
                        registry: ModelRegistry | None = None,  # that loads tiny-clip; None: the default one
@@ -235,7 +235,7 @@ def embedding_explorer(folder: str | Path,  # with image files, at any depth
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValidationError: a path is none, `out` is inside the folder, or `embedder` is no CLIPImageEmbedder or is closed.
+        ValidationError: a path is none, `out` is inside the folder, or `embedder` is no ImageEmbedder or is closed.
         DevSkyyError: ipywidgets is not installed.
     """
     require("ipywidgets")

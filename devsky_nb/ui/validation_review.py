@@ -14,15 +14,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from .._core import require
-from ..embedding.embedder import check_embedder, CLIPImageEmbedder
+from .._core import one_line, require
+from ..embedding.embedder import check_embedder, ImageEmbedder
 from ..errors import ValidationError
 from .panel import as_path, Job, make_button, make_control, Panel
 from ..validation.account import id_of, images_of
 from ..validation.contract import ImageSetContract
 from ..validation.report import (as_image_set, check_contract, check_image_set, failure_text, json_data,
-                                 label_text, one_line, outlier_text, remedy_of, ValidationReport, warning_text,
-                                 write_report)
+                                 label_text, outlier_text, remedy_of, ValidationReport, warning_text, write_report)
 
 # %% ../../nbs/ui/05_validation_review.ipynb #b40524df
 FINDING_KINDS = {"failed": "failed", "label": "perhaps mislabelled", "copy": "copies", "outlier": "outliers",
@@ -98,7 +97,7 @@ class ValidationReview(Panel):
     "What looks wrong in an image set, and what is decided about it."
     def __init__(self,
                  image_set: dict,
-                 embedder: CLIPImageEmbedder,
+                 embedder: ImageEmbedder,
                  contract: ImageSetContract,
                  out: Path,
                  ):
@@ -254,7 +253,7 @@ class ValidationReview(Panel):
 
 # %% ../../nbs/ui/05_validation_review.ipynb #dfeaef54
 def validation_review(image_set: "dict | Sequence | str | os.PathLike",  # as `check_image_set` takes it
-                      embedder: CLIPImageEmbedder,
+                      embedder: ImageEmbedder,
                       contract: ImageSetContract | None = None,  # None: 80% must succeed
                       *,
                       out: str | Path = "image_set.reviewed.json",  # a new file for the corrected set
@@ -266,7 +265,7 @@ def validation_review(image_set: "dict | Sequence | str | os.PathLike",  # as `c
 
     Args:
         image_set: as `check_image_set` takes it
-        embedder: CLIPImageEmbedder
+        embedder: ImageEmbedder
         contract: None: 80% must succeed
         out: a new file for the corrected set
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from .._core import check_share
-from ..embedding.embedder import check_embedder, CLIPImageEmbedder, Embedded
+from ..embedding.embedder import check_embedder, ImageEmbedder, Embedded
 from ..errors import DevSkyyError, ValidationError
 
 # %% ../../nbs/validation/01_account.ipynb #e9be2297
@@ -160,7 +160,7 @@ def count_nothing(n: int) -> None:
 
 
 def embed_entries(image_set: Any,
-                  embedder: CLIPImageEmbedder,
+                  embedder: ImageEmbedder,
                   batch_size: int | None = None,  # images per run of the model; None: what suits the device
                   progress: bool = False,  # a bar on standard error
                   on_embedded: Callable[[int, Embedded], None] | None = None,  # with the position in the set
@@ -205,7 +205,7 @@ log = logging.getLogger(__name__)
 
 # %% ../../nbs/validation/01_account.ipynb #8dc0fea2
 def validate_image_embeddings(image_set: dict,  # {"images": [{"path" or "image", "id", "label", …}], "metadata"}
-                              embedder: CLIPImageEmbedder,
+                              embedder: ImageEmbedder,
                               validation_threshold: float = 0.8,  # least share of successful images, 0 to 1
                               *,
                               batch_size: int | None = None,  # images per run of the model; None: what suits the device
@@ -219,7 +219,7 @@ def validate_image_embeddings(image_set: dict,  # {"images": [{"path" or "image"
 
     Args:
         image_set: {"images": [{"path" or "image", "id", "label", …}], "metadata"}
-        embedder: CLIPImageEmbedder
+        embedder: ImageEmbedder
         validation_threshold: least share of successful images, 0 to 1
         batch_size: images per run of the model; None: what suits the device
         progress: a bar on standard error

@@ -11,7 +11,7 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from ..embedding.embedder import CLIPImageEmbedder, Embedded
+from ..embedding.embedder import ImageEmbedder, Embedded
 from ..embedding.texts import label_texts
 from ..errors import DevSkyyError
 from .account import Embeddings
@@ -60,12 +60,12 @@ def duplicate_groups(found: Embeddings, seen: Measurements) -> list[dict]:  # po
     return copy_groups(found, seen.sizes[rows], hashes, seen.thumbs[rows], fine, seen.duplicates)
 
 # %% ../../nbs/validation/04_checks.ipynb #0cae9596
-def why_labels_cannot_be_read(embedder: CLIPImageEmbedder, labels: list[str]) -> str:  # "" if they can
+def why_labels_cannot_be_read(embedder: ImageEmbedder, labels: list[str]) -> str:  # "" if they can
     "Why the model cannot judge these labels as texts."
-    if embedder.output != "projected":
-        return f"vectors are {embedder.output!r}, which no text can be compared with"
-    if not hasattr(embedder.model, "text_projection"):
+    if not embedder.reads_texts and embedder.output == "projected":
         return "the model has no text tower"
+    if not embedder.reads_texts:
+        return f"vectors are {embedder.output!r}, which no text can be compared with"
     try:
         embedder.encode_text(labels)
     except DevSkyyError as e:
@@ -103,8 +103,8 @@ def centroid_probabilities(vectors: np.ndarray,  # (N, D), length 1 each
 MAX_LABELS = 1000  # more are names of images rather than classes
 
 def label_findings(found: Embeddings,
-                   embedder: CLIPImageEmbedder,
-                   template: str,  # "{}" stands for a label
+                   embedder: ImageEmbedder,
+                   template: str | None = None,  # "{}" stands for a label; None: the sentence of the model's family
                    ) -> tuple[str, list[dict]]:  # method; disagreements, the surest first
     "Labels that the model is sure are wrong."
     given = [found.images[i].get("label") or "" for i in found.indices.tolist()]
@@ -127,16 +127,18 @@ def label_findings(found: Embeddings,
 def _label_probabilities(vectors: np.ndarray,  # (N, D)
                          y: np.ndarray,  # (N,) the labels given, as numbers
                          labels: list[str],  # L of them
-                         embedder: CLIPImageEmbedder,
-                         template: str,
+                         embedder: ImageEmbedder,
+                         template: str | None,
                          ) -> tuple[str, np.ndarray]:  # method, and (N, L)
     "By texts where the model reads them, else by centroids."
     words = [label.encode(errors="replace").decode() for label in labels]  # half a surrogate pair is no text
-    obstacle = why_labels_cannot_be_read(embedder, label_texts(words, template))
+    sentence = template or embedder.family.template
+    obstacle = why_labels_cannot_be_read(embedder, label_texts(words, sentence))
     if obstacle:
         return f"centroids, as {obstacle}", centroid_probabilities(vectors, y, len(labels))
     blocks = np.array_split(vectors, len(vectors) // 16384 + 1)
-    return "zero-shot", np.concatenate([embedder.zero_shot(block, words, template) for block in blocks])
+    among = [embedder.zero_shot(block, words, sentence, relative=True) for block in blocks]
+    return "zero-shot", np.concatenate(among)
 
 # %% ../../nbs/validation/04_checks.ipynb #13aeac95
 FAR = 6.0  # robust standard deviations
@@ -191,8 +193,8 @@ def note_findings(indices: np.ndarray, seen: Measurements) -> list[dict]:  # the
 
 def all_findings(found: Embeddings,
                  seen: Measurements,
-                 embedder: CLIPImageEmbedder,
-                 template: str = "a photo of a {}",  # "{}" stands for a label
+                 embedder: ImageEmbedder,
+                 template: str | None = None,  # "{}" stands for a label; None: the sentence of the model's family
                  ) -> dict:  # label_method, wrong_labels, duplicates, outliers, warnings, notes
     "What looks wrong in images that could be embedded."
     method, wrong = label_findings(found, embedder, template)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .._core import check_choice, check_path, format_count, html_table, require, write_atomically
-from ..embedding.embedder import CLIPImageEmbedder
+from .._core import check_choice, check_path, format_count, html_table, one_line, page_html, require, write_atomically
+from ..embedding.embedder import ImageEmbedder
 from ..embedding.pairs import principal_axes
 from ..embedding.search import thumbnail_uri
 from ..embedding.texts import check_template
@@ -32,14 +32,6 @@ if TYPE_CHECKING:
     import matplotlib.axes, rich.console
 
 # %% ../../nbs/validation/06_report.ipynb #b1b0e840
-def one_line(value: object, width: int = 80) -> str:
-    "One printable line of text, whatever it is made from."
-    try: text = value if type(value) is str else str(value)
-    except Exception: text = f"<{type(value).__name__}>"
-    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text[:4 * width])
-    return text if len(text) <= width else text[:width - 1] + "…"
-
-
 def json_data(value: Any, depth: int = 8) -> Any:  # of what JSON has
     "Anything as data that JSON can hold."
     if value is None or isinstance(value, (bool, str)): return value
@@ -73,12 +65,12 @@ class ValidationReport:
     Args:
         results: as `validate_image_embeddings` returns them
         findings: label_method, wrong_labels, duplicates, outliers, warnings, notes
-        embedder: CLIPImageEmbedder
+        embedder: ImageEmbedder
     """
     def __init__(self,
                  results: dict,  # as `validate_image_embeddings` returns them
                  findings: dict,  # label_method, wrong_labels, duplicates, outliers, warnings, notes
-                 embedder: CLIPImageEmbedder,
+                 embedder: ImageEmbedder,
                  ) -> None:
         self.results = results
         self.findings = findings
@@ -334,10 +326,7 @@ class ValidationReport:
         Raises:
             ValidationError: the file cannot be written.
         """
-        from jinja2 import Environment, PackageLoader, StrictUndefined
-        env = Environment(loader=PackageLoader("devsky_nb"), autoescape=True, trim_blocks=True, lstrip_blocks=True,
-                          undefined=StrictUndefined)
-        return write_report(path, env.get_template("report.html").render(self._page()))
+        return write_report(path, page_html("report.html", self._page()))
 
     # %% ../../nbs/validation/06_report.ipynb #9444ae09
     def __repr__(self) -> str:
@@ -477,12 +466,12 @@ def check_contract(contract: ImageSetContract | None) -> ImageSetContract:  # 80
 
 # %% ../../nbs/validation/06_report.ipynb #3a4eab4b
 def check_image_set(image_set: "dict | Sequence | str | os.PathLike",  # image set, list of paths or entries, or folder
-                    embedder: CLIPImageEmbedder,
+                    embedder: ImageEmbedder,
                     contract: ImageSetContract | None = None,  # None: 80% must succeed
                     *,
                     batch_size: int | None = None,  # images per run of the model; None: what suits the device
                     progress: bool = False,  # a bar on standard error
-                    template: str = "a photo of a {}",  # "{}" stands for a label
+                    template: str | None = None,  # "{}" stands for a label; None: the sentence of the model's family
                     duplicates: str = "near",  # "exact", "near" (also resized), "altered" (also mirrored, cropped)
                     tick: Callable[[int], object] = count_nothing,  # told how many are done; may raise to end the work
                     ) -> ValidationReport:
@@ -493,11 +482,11 @@ def check_image_set(image_set: "dict | Sequence | str | os.PathLike",  # image s
 
     Args:
         image_set: image set, list of paths or entries, or folder
-        embedder: CLIPImageEmbedder
+        embedder: ImageEmbedder
         contract: None: 80% must succeed
         batch_size: images per run of the model; None: what suits the device
         progress: a bar on standard error
-        template: "{}" stands for a label
+        template: "{}" stands for a label; None: the sentence of the model's family
         duplicates: "exact", "near" (also resized), "altered" (also mirrored, cropped)
         tick: told how many are done; may raise to end the work
 
@@ -506,7 +495,7 @@ def check_image_set(image_set: "dict | Sequence | str | os.PathLike",  # image s
             is none, `template` has no place for the label, or `duplicates` is none of the three.
         FileNotFoundError: there is no such folder.
     """
-    check_template(template)
+    if template is not None: check_template(template)
     contract = check_contract(contract)
     check_choice("duplicates", duplicates, DUPLICATES)
     image_set = as_image_set(image_set)
@@ -534,6 +523,11 @@ MAX_THUMBNAILS = 120  # of a page
 
 # %% ../../nbs/validation/06_report.ipynb #8bea44a0
 REMEDIES = {
+    "timeout": "Try again: the server did not answer in time.",
+    "offline": "Allow the network, or fetch the files before.",
+    "html": "Open the address in a browser: it leads to a page, not to an image.",
+    "missing-library": "Install what the message names.",
+    "broken-zip": "Fetch the archive again: it is damaged.",
     "missing": "Check the path; the file is not there.",
     "permission": "Allow this user to read the file.",
     "not-a-file": "Name a file; this is something else.",
