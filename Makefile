@@ -1,4 +1,4 @@
-# Two commands matter: `make run` (the demo) and `make test` (what CI checks; it goes on with `make types`, `make slow` and `make browser`).
+# Two commands matter: `make run` (the demo) and `make test` (what CI checks; it goes on with `make types`, `make browser` and `make slow`).
 # Each target installs what it needs into .venv, from the exact versions in constraints.txt.
 
 PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
