@@ -13,7 +13,7 @@ from typing import Any, TYPE_CHECKING
 from .._core import check_choice, check_regular, require
 from .quantization import bnb_settings, check_settings, quantized_layers, settings_label
 from ..errors import ModelLoadError, ValidationError
-from ..hub.load import load_errors, load_part, quiet
+from ..hub.load import load_errors, load_part, part_class, quiet
 from ..memory.formats import check_format
 
 if TYPE_CHECKING:
@@ -67,13 +67,30 @@ def check_backend(settings: dict,
     kind = device.partition(":")[0]
     check_format(settings_label(settings), formats[dtype.itemsize], kind, "model" if offload else None)
 
-# %% ../../nbs/diffusion/02_backends.ipynb #1900000c
-RECIPES = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig", "int4": "Int4WeightOnlyConfig"}
-
+# %% ../../nbs/diffusion/02_backends.ipynb #19000018
 def of_diffusers(cls: Any) -> bool:
     "Whether a network's class is one of diffusers."
     from diffusers import ModelMixin
     return issubclass(cls, ModelMixin)
+
+def check_component(part: Path, settings: dict) -> None:
+    """Refuse a network that a backend does not take.
+
+    Raises:
+        ValidationError: it does not, with what would.
+    """
+    cls = part_class(part)
+    backend = settings.get("backend")
+    reason = None
+    if backend == "layerwise" and not of_diffusers(cls):
+        reason = (f"layerwise casting is for networks of diffusers, and a {cls.__name__} is one of transformers: leave it "
+                  "out, or use backend='torchao'")
+    if backend == "gguf" and not hasattr(cls, "from_single_file"):
+        reason = f"diffusers reads no GGUF files for a {cls.__name__}: name a denoiser"
+    if reason: raise ValidationError(f"{part.name}: {reason}", details={"component": part.name, "backend": backend})
+
+# %% ../../nbs/diffusion/02_backends.ipynb #1900000c
+RECIPES = {"int8": "Int8WeightOnlyConfig", "fp8": "Float8WeightOnlyConfig", "int4": "Int4WeightOnlyConfig"}
 
 def load_torchao(cls: Any,
                  part: Path,
@@ -100,13 +117,10 @@ def load_cast(cls: Any,
               ) -> "torch.nn.Module":
     "Load a network whose weights lie in 8-bit floating-point numbers, and are cast layer by layer while it runs."
     import torch
-    if not of_diffusers(cls):
-        raise ValidationError(f"{part.name}: layerwise casting is for networks of diffusers, and a {cls.__name__} is one of "
-                              "transformers: leave it out, or use backend='torchao'", details={"component": part.name})
+    from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
     network: Any = load_part(cls, part, dtype, device, **variant)
-    patterns = {"skip_modules_pattern": tuple(settings["modules_to_not_convert"])}
-    if not settings["modules_to_not_convert"]: patterns = {}
-    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype, **patterns)
+    spared = (*DEFAULT_SKIP_MODULES_PATTERN, *settings["modules_to_not_convert"])  # diffusers drops its own for ours
+    network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype, skip_modules_pattern=spared)
     return network
 
 # %% ../../nbs/diffusion/02_backends.ipynb #19000012
@@ -119,9 +133,6 @@ def load_gguf(cls: Any,
               ) -> "torch.nn.Module":
     "Load a network whose weights lie in a GGUF file; its folder says what it is."
     import diffusers
-    if not hasattr(cls, "from_single_file"):
-        raise ValidationError(f"{part.name}: diffusers reads no GGUF files for a {cls.__name__}",
-                              details={"component": part.name, "class": cls.__name__})
     config = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
     file = Path(settings["file"])
     with load_errors(cls, file):

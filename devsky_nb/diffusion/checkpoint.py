@@ -316,8 +316,8 @@ def save_quantized(pipeline: "DiffusionPipeline",  # from one of the loaders
         the folder
 
     Raises:
-        ValidationError: the pipeline was not quantized by one of our loaders, or not by bitsandbytes, the folder is not new, or the weights
-            are not as they were quantized any more.
+        ValidationError: the pipeline was not quantized by one of our loaders, or not by bitsandbytes; the folder is not
+            new; or the weights are not as they were quantized any more.
         MLError: the folder cannot be written.
         ModelLoadError: the kept checkpoint that would be copied is damaged.
     """

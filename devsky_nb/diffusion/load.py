@@ -19,7 +19,7 @@ from typing import Any, TYPE_CHECKING
 from .._core import format_bytes, format_count, html_table
 from ..device import (check_device, default_dtype, dtype_name, is_out_of_memory, memory_info,
                       release_memory, release_traceback)
-from .backends import check_backend
+from .backends import check_backend, check_component
 from .networks import (as_current, check_vae, check_vae_choice, decoding, guard, is_cuda, load_network,
                        load_vae, upcasts_vae)
 from .quantization import (check_parts, hush_casts, is_quantized, keep_whole,
@@ -126,9 +126,10 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     "Whether a tensor is the weight of a linear layer, as far as its name and shape tell."
     return len(shape) == 2 and not EMBEDDING.search(name)
 
-def is_packed(name: str, shape: tuple[int, ...], label: str) -> bool:
-    "Whether a format takes a tensor: linear layers all of them, convolutions layerwise casting alone."
-    return is_linear(name, shape) or (label.startswith("layerwise") and len(shape) > 2)
+def is_packed(part: Path, name: str, shape: tuple[int, ...], label: str) -> bool:
+    "Whether a format takes a tensor of a network: most take linear layers, layerwise casting what its patterns do not spare."
+    if not label.startswith("layerwise"): return is_linear(name, shape)
+    return formats.is_cast(part_class(part).__name__, name.rpartition(".")[0], shape)
 
 def network_sizes(folder: Path,
                   dtype: "torch.dtype",
@@ -148,7 +149,7 @@ def network_sizes(folder: Path,
         sizes[part.name] = 0
         for file in weight_files(part, dtype):
             for name, shape in tensor_shapes(file):
-                if label and is_packed(name, shape, label): taken = formats.weight_bytes(shape, label, itemsize)
+                if label and is_packed(part, name, shape, label): taken = formats.weight_bytes(shape, label, itemsize)
                 else: taken = prod(shape) * itemsize
                 sizes[part.name] += taken
     return sizes
@@ -355,6 +356,7 @@ def make_request(model_id: str | Path,  # alias, "org/name" or folder
     folder = find_pipeline(model_id, registry, revision, sdxl)
     check_vae_choice(folder, vae)
     if settings: check_parts(list(settings), [part.name for part in weight_folders(folder)])
+    for name, own in settings.items(): check_component(folder / name, own)
     vae_folder = registry.locate(FIXED_VAE) if vae == "fp16-fix" else folder / "vae"
     request = LoadRequest(folder, device, dtype, settings, vae, vae_folder, Path(registry.cache_dir), offload)
     if "vae" in settings: check_packed_vae(request)

@@ -17,7 +17,7 @@ from .backends import file_settings, FORMATS, label_settings
 from .checkpoint import checkpoint_folder, from_cache, to_cache
 from .load import (build_or_fall_back, check_memory, check_pipeline_dtype, default_components,
                    find_pipeline, LoadReport, make_request, peak_warning)
-from .quantization import check_parts, check_pipeline_call, config_settings
+from .quantization import check_parts, check_pipeline_call, check_settings, config_settings
 from ..errors import ValidationError
 from ..hub.load import quiet
 from ..hub.registry import ModelRegistry, registry_for
@@ -87,6 +87,12 @@ def load_with_settings(model_id: str | Path,  # alias, "org/name" or folder
 # %% ../../nbs/diffusion/06_pipelines.ipynb #19000048
 Quantize = str | Mapping[str, Any] | None
 
+def check_names(names: object) -> tuple[str, ...]:
+    "Names of layers; one text alone would be taken for its letters."
+    if isinstance(names, list | tuple) and all(isinstance(name, str) and name for name in names): return tuple(names)
+    raise ValidationError(f"modules_to_not_convert={names!r:.60}: expected a list of names of layers, such as ['proj_out']",
+                          details={"modules_to_not_convert": repr(names)[:60]})
+
 def own_settings(value: Any,  # short name, configuration of bitsandbytes, settings, or GGUF file
                  backend: str,
                  dtype: "torch.dtype",
@@ -95,7 +101,9 @@ def own_settings(value: Any,  # short name, configuration of bitsandbytes, setti
     "The settings of one network, from whatever says them."
     if isinstance(value, Path) or (isinstance(value, str) and value.endswith(".gguf")): return file_settings(value)
     if isinstance(value, str): return label_settings(value, backend, dtype, skip)
-    if isinstance(value, dict): return value
+    if isinstance(value, dict):
+        check_settings(value)
+        return value
     if config_settings(value): return config_settings(value)
     raise ValidationError(f"quantize: {value!r:.60} says nothing: expected one of {', '.join(FORMATS[backend])}, a "
                           "BitsAndBytesConfig, or a GGUF file", details={"given": repr(value)[:60]})
@@ -183,11 +191,12 @@ def load_quantized_pipeline(
     """
     require("diffusers", "accelerate")
     refuse_mistaken(mistaken)
+    check_flag("offload", offload)
     device = check_device(device)
     dtype = check_pipeline_dtype(dtype, device)
     registry = registry_for(registry, cache_dir, offline)
     folder = find_pipeline(model, registry, revision)
-    settings = settings_by_component(quantize, backend, folder, dtype, tuple(modules_to_not_convert))
+    settings = settings_by_component(quantize, backend, folder, dtype, check_names(modules_to_not_convert))
     asked = {"quantize": quantize if isinstance(quantize, str) else sorted(settings), "backend": backend}
     return load_with_settings(model, device, quantize=settings, dtype=dtype, vae=vae, fallback=fallback, offload=offload,
                               quantize_once=quantize_once, budget=budget, registry=registry, revision=revision, asked=asked)

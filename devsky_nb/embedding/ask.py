@@ -89,7 +89,7 @@ def embedder_of(index: FolderIndex,
     if revision is None and model is None: revision = index.notes.get("revision")
     policy = ImagePolicy(background=noted_background(index), root=root)
     embedder = ImageEmbedder(model or noted_model(index), device, cache_dir, policy=policy, offline=offline,
-                                 registry=registry, revision=revision, **settings)
+                             registry=registry, revision=revision, **settings)
     try:
         if not (texts_only and same_model(embedder.fingerprint, index.fingerprint)): index._check_embedder(embedder)
     except BaseException:

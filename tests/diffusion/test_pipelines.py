@@ -82,6 +82,24 @@ def test_layers_are_left_alone_where_that_was_asked_for(folders, tmp_path):
         assert any(layers.values()) and not any(packed for name, packed in layers.items() if "to_out" in name or name == "proj_out")
 
 
+def test_layers_that_casting_spares_are_spared_whatever_else_is(folders, tmp_path):
+    kept = {}
+    for skip in ((), ("to_out",)):
+        pipeline = load(folders("text, SD3"), tmp_path, "fp8", "layerwise", dtype=torch.bfloat16, modules_to_not_convert=skip)
+        kept[skip] = {name for name, weight in pipeline.transformer.named_parameters() if weight.dtype == torch.bfloat16}
+    assert {name for name in kept[()] if "norm" in name} and kept[()] < kept["to_out",]
+    assert all("to_out" in name for name in kept["to_out",] - kept[()])
+
+
+@pytest.mark.parametrize("quantize, backend", [("int8", "bitsandbytes"), ("fp8", "layerwise"), ("int8", "torchao")])
+@pytest.mark.parametrize("kind", ["text, FLUX", "text, SD"])
+def test_the_headers_say_what_the_weights_will_take(kind, quantize, backend, folders, tmp_path):
+    if backend == "torchao": pytest.importorskip("torchao")
+    report = load(folders(kind), tmp_path, quantize, backend, dtype=torch.bfloat16).load_report
+    labels = {part.name: part.precision for part in report.parts if part.layers}
+    assert loading.weight_bytes(folders(kind), torch.bfloat16, labels) == pytest.approx(report.bytes_after, rel=.02)
+
+
 def test_each_network_can_have_a_format_of_its_own(folders, tmp_path):
     config = diffusers.BitsAndBytesConfig(load_in_8bit=True)
     pipeline = load(folders("text, SD3"), tmp_path, {"transformer": config, "text_encoder_3": "nf4", "text_encoder": None})
@@ -134,14 +152,25 @@ WRONG = {
     "casting a text encoder": (lambda f: {"quantize": {"text_encoder": "fp8"}, "backend": "layerwise"}, "is one of transformers"),
     "SDXL's VAE": (lambda f: {"vae": "fp16-fix"}, "for SDXL"), "no GGUF file": (lambda f: {"quantize": {"transformer": f / "model_index.json"}}, "says nothing|no GGUF"),
     "a missing GGUF file": (lambda f: {"quantize": {"transformer": "none.gguf"}}, "none.gguf"),
+    "one name instead of a list": (lambda f: {"modules_to_not_convert": "proj_out"}, "expected a list of names of layers"),
+    "a backend among settings": (lambda f: {"quantize": {"transformer": {"backend": "torchao", "load_in_8bit": True}}}, "unknown settings backend"),
+    "settings that say nothing": (lambda f: {"quantize": {"transformer": {}}}, "neither load_in_4bit nor load_in_8bit"),
+    "a GGUF file for a text encoder": (lambda f: {"quantize": {"text_encoder": gguf_magic(f)}}, "reads no GGUF files for a CLIPTextModel"),
+    "offload that is no flag": (lambda f: {"offload": "model"}, "offload"),
     "upcasting": (lambda f: {"vae": "upcast", "dtype": torch.float16}, "never does")}
+
+
+def gguf_magic(folder):
+    pytest.importorskip("gguf")
+    (folder.parent / "few.gguf").write_bytes(b"GGUF")
+    return folder.parent / "few.gguf"
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_call_reads_nothing(name, folders, tmp_path, monkeypatch):
     if "torchao" in str(WRONG[name][0](tmp_path)): pytest.importorskip("torchao")
     for function in ("load_network", "load_vae"):
-        if name != "casting a text encoder": monkeypatch.setattr(loading, function, lambda *a, **k: pytest.fail("a network was loaded"))
+        monkeypatch.setattr(loading, function, lambda *a, **k: pytest.fail("a network was loaded"))
     options, message = WRONG[name][0](folders("text, FLUX")), WRONG[name][1]
     with pytest.raises(ValidationError, match=message): load(folders("text, FLUX"), tmp_path, **options)
 
