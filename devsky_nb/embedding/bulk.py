@@ -238,19 +238,21 @@ def count_removed(plan: SourcePlan, earlier: EarlierWork) -> int:
                 removed += sum(id is None or not plan.has_id(id) for id in batch["id"].to_pylist())
     return removed
 
-def is_renamed(plan: SourcePlan, earlier: EarlierWork, policy: ImagePolicy) -> bool:
-    "Whether the contents of a source are known under other names, by a sample of it."
+def known_contents(plan: SourcePlan, earlier: EarlierWork, policy: ImagePolicy) -> float:
+    "How many inputs of a source have a row under whatever name, estimated from a sample."
     sampled = {hashlib.sha256(data).hexdigest() for data in plan.sample(policy, 32)}
     known: set[str] = set()
     for shard in earlier.shards:
         with reading(shard), open_parquet(shard) as file:
             for batch in file.iter_batches(65536, columns=["content_hash"]):
                 known |= sampled & set(batch["content_hash"].to_pylist())
-    return 0 < len(sampled) <= 2 * len(known)
+    return plan.total * len(known) / len(sampled) if sampled else 0.
 
 def check_removed(removed: int, earlier: EarlierWork, plan: SourcePlan, out: Path, policy: ImagePolicy) -> None:
     "Refuse to remove most of a data set without being asked: it was more likely made of something else."
-    if 2 * removed <= earlier.rows or is_renamed(plan, earlier, policy): return
+    if 2 * removed <= earlier.rows: return
+    was_renamed = 2 * known_contents(plan, earlier, policy) >= earlier.rows
+    if was_renamed: return
     message = (f"{str(out)!r} has {format_count(earlier.rows, 'row')}, of which {removed:,} are not among the "
                f"{format_count(plan.total, 'input')} of this source: was it made of another one? Choose another folder, or "
                "remove them with prune=True (--prune); vectors of the same content are used again")

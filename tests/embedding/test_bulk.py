@@ -647,6 +647,10 @@ def test_another_source_does_not_replace_a_data_set_unless_that_is_asked_for(tmp
     for again in (dict(), dict(shard_rows=3)):
         with pytest.raises(ValidationError, match="has 9 rows, of which 9 are not among the 2 inputs"): embed_images(tmp_path / "few", tmp_path / "v", embedder, **again)
         assert {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir() if p.is_file()} == before
+    (tmp_path / "copies").mkdir()
+    for path in sorted((tmp_path / "many").iterdir())[:2]: shutil.copy(path, tmp_path / "copies" / ("copy-" + path.name))
+    with pytest.raises(ValidationError, match="are not among the 2 inputs"): embed_images(tmp_path / "copies", tmp_path / "v", embedder)
+    assert {p.name: p.read_bytes() for p in (tmp_path / "v").iterdir() if p.is_file()} == before, "a few that are known do not speak for all"
     (tmp_path / "many").rename(tmp_path / "moved")
     for path in (tmp_path / "moved").iterdir(): path.rename(path.with_name("other-" + path.name))
     renamed = embed_images(tmp_path / "moved", tmp_path / "v", embedder)
