@@ -314,9 +314,9 @@ def small_tokenizer(cls):
 
 
 def save(kind, folder):
-    "A pipeline of one of the `KINDS` that can be loaded and called."
-    write_pipeline(KINDS[kind], folder)
-    for name, part in PIPELINES[KINDS[kind]].items():
+    "A pipeline of one of the `KINDS`, or of a class, that can be loaded and called."
+    write_pipeline(KINDS.get(kind, kind), folder)
+    for name, part in PIPELINES[KINDS.get(kind, kind)].items():
         if not isinstance(part, tuple) or part == NONE or "Scheduler" in part[1]: continue
         made = small_tokenizer(part[1]) if "Tokenizer" in part[1] else random_network(folder / name)
         made.save_pretrained(folder / name)

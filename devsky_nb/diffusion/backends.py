@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from .._core import check_choice, check_regular, require
+from .._core import check_choice, check_regular, read_json, require
 from .quantization import bnb_settings, check_settings, quantized_layers, settings_label
 from ..errors import ModelLoadError, ValidationError
 from ..hub.load import load_errors, load_part, part_class, quiet
@@ -73,6 +73,11 @@ def of_diffusers(cls: Any) -> bool:
     from diffusers import ModelMixin
     return issubclass(cls, ModelMixin)
 
+def stored_bits(part: Path) -> str | None:  # such as "bitsandbytes"; None: in full
+    "How a network's files are quantized."
+    stored = read_json(part / "config.json").get("quantization_config")
+    return None if not stored else str(stored.get("quant_method")) if isinstance(stored, dict) else repr(stored)[:60]
+
 def check_component(part: Path, settings: dict) -> None:
     """Refuse a network that a backend does not take.
 
@@ -82,10 +87,13 @@ def check_component(part: Path, settings: dict) -> None:
     cls = part_class(part)
     backend = settings.get("backend")
     reason = None
-    if backend == "layerwise" and not of_diffusers(cls):
+    if stored_bits(part) is not None:
+        reason = (f"it is quantized already ({stored_bits(part)}): leave it out (quantize=None loads it as it is), or choose "
+                  "the model in full precision")
+    elif backend == "layerwise" and not of_diffusers(cls):
         reason = (f"layerwise casting is for networks of diffusers, and a {cls.__name__} is one of transformers: leave it "
                   "out, or use backend='torchao'")
-    if backend == "gguf" and not hasattr(cls, "from_single_file"):
+    elif backend == "gguf" and not hasattr(cls, "from_single_file"):
         reason = f"diffusers reads no GGUF files for a {cls.__name__}: name a denoiser"
     if reason: raise ValidationError(f"{part.name}: {reason}", details={"component": part.name, "backend": backend})
 

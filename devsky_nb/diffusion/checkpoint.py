@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from datetime import datetime, UTC
 from importlib.metadata import version
-from math import ceil, prod
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
@@ -21,15 +20,17 @@ from ..device import check_device, dtype_name, is_out_of_memory, release_traceba
 from .backends import FORMATS
 from .load import (bring, check_pipeline_dtype, load_failure, LoadReport, LoadRequest, PartReport,
                    protect, room_for, tensor_shapes)
-from .networks import decoding, keep_format, is_cuda, load_on_cpu, load_packed, repacked
-from .quantization import config_settings, crashing_layers, quantized_layers, repacks
+from .networks import (adapters_of, decoding, keep_format, is_cuda, load_on_cpu, load_packed, misfit,
+                       repacked)
+from .quantization import (config_settings, crashing_layers, empty_network, quantized_layers,
+                           repacks)
 from ..errors import (DevSkyyError, FileNotFoundError, InsufficientMemoryError, MLError, ModelLoadError,
                       ValidationError)
 from ..hub.cache import MANIFEST
 from ..hub.configs import check_configs
 from ..hub.load import load_part, load_pipeline, part_class, quiet
 from ..hub.settings import quantized_cache
-from ..hub.weights import folder_fingerprint, model_bytes, network_files, weight_files, weight_folders
+from ..hub.weights import folder_fingerprint, model_bytes, network_files, networks, weight_files, weight_folders
 from ..memory.estimate import DTYPE_NAMES, VAE_MODES
 
 if TYPE_CHECKING:
@@ -180,36 +181,15 @@ def read_manifest(folder: Path) -> dict:
     return about
 
 # %% ../../nbs/diffusion/05_checkpoint.ipynb #3c8e2367
-def packed_problem(layer: Any) -> str | None:  # None: there is none
-    "What is wrong with the packed weight of a layer."
-    from bitsandbytes.nn.modules import Linear4bit
-    weight = layer.weight
-    shape = (layer.out_features, layer.in_features)
-    if not isinstance(layer, Linear4bit):
-        fits = tuple(weight.shape) == shape and weight.dtype.itemsize == 1 and weight.SCB.numel() == shape[0]
-        return None if fits else f"int8 weights of shape {tuple(weight.shape)}, and should be {shape}"
-    state = weight.quant_state
-    if tuple(state.shape) != shape: return f"weights of shape {tuple(state.shape)}, and should be {shape}"
-    blocks = ceil(prod(shape) / state.blocksize)
-    sizes = {"packed bytes": (weight.nbytes, ceil(prod(shape) / 2)), "scales": (state.absmax.numel(), blocks)}
-    if state.nested:
-        sizes["scales of scales"] = (state.state2.absmax.numel(), ceil(blocks / state.state2.blocksize))
-    wrong = [f"{found} {what}, and should have {needed}" for what, (found, needed) in sizes.items() if found != needed]
-    return wrong[0] if wrong else None
-
 def network_problem(network: "torch.nn.Module", part: Path) -> str | None:  # None: there is none
     "What is wrong with a network that was read from a checkpoint."
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
     stored = {name for file in network_files(part) for name, _ in tensor_shapes(file)}
     found = network.state_dict()
     written = {found[name].data_ptr() for name in stored & found.keys()}
     tied = {name for name in found.keys() - stored if found[name].data_ptr() in written}  # one tensor of two names
     for name in sorted(stored ^ (found.keys() - tied)):
         return f"{name} is {'a tensor too many' if name in stored else 'missing'}"
-    for name, layer in network.named_modules():
-        problem = packed_problem(layer) if isinstance(layer, Linear4bit | Linear8bitLt) else None
-        if problem: return f"{name} has {problem}"
-    return None
+    return misfit(network, empty_network(part))
 
 def check_network(network: "torch.nn.Module", part: Path) -> None:
     "Refuse a network whose file is not what the layers need."
@@ -316,8 +296,8 @@ def save_quantized(pipeline: "DiffusionPipeline",  # from one of the loaders
         the folder
 
     Raises:
-        ValidationError: the pipeline was not quantized by one of our loaders, or not by bitsandbytes; the folder is not
-            new; or the weights are not as they were quantized any more.
+        ValidationError: the pipeline was not quantized by one of our loaders, or not by bitsandbytes; it has LoRAs; the
+            folder is not new; or the weights are not as they were quantized any more.
         MLError: the folder cannot be written.
         ModelLoadError: the kept checkpoint that would be copied is damaged.
     """
@@ -331,6 +311,11 @@ def save_quantized(pipeline: "DiffusionPipeline",  # from one of the loaders
     if others:
         raise ValidationError(f"only what bitsandbytes has quantized is kept, and not {', '.join(sorted(others))}: it is "
                               "packed as fast as it is read, so load it again instead", details=details)
+    loras = sorted({name for network in networks(pipeline) for name in adapters_of(network)})
+    if loras:
+        raise ValidationError(f"the pipeline has LoRAs ({', '.join(loras)}), which are no part of a quantized model: take "
+                              "them away with unload_lora, and load them again into what load_quantized reads",
+                              details=details | {"adapters": loras})
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValidationError(f"{folder} exists: name a new folder", details=details)
     try:

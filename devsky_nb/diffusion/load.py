@@ -22,7 +22,7 @@ from ..device import (check_device, default_dtype, dtype_name, is_out_of_memory,
 from .backends import check_backend, check_component
 from .networks import (as_current, check_vae, check_vae_choice, decoding, guard, is_cuda, load_network,
                        load_vae, upcasts_vae)
-from .quantization import (check_parts, hush_casts, is_quantized, keep_whole,
+from .quantization import (check_parts, config_settings, hush_casts, is_quantized, keep_whole,
                            quantized_layers, settings_label)
 from ..errors import InsufficientMemoryError, MLError, ModelLoadError, ValidationError
 from ..hub.load import check_sdxl, load_pipeline, part_class, pipeline_class, refuse_quantized
@@ -442,7 +442,10 @@ def finish(pipeline: "DiffusionPipeline",
         network = getattr(pipeline, part.name)
         layers = quantized_layers(network)
         if layers: try_layers(network, request.device)
-        precision = request.labels[part.name] if layers else dtype_name(next(network.parameters()).dtype)
+        precision = dtype_name(next(network.parameters()).dtype)
+        if layers:
+            asked = request.labels.get(part.name)  # None: it was quantized already
+            precision = asked or settings_label(config_settings(network.config.quantization_config))
         report.parts.append(PartReport(part.name, type(network).__name__, precision, layers,
                                        left_alone.get(part.name, []), weight_bytes(part, request.dtype),
                                        model_bytes(network)))
@@ -451,7 +454,9 @@ def finish(pipeline: "DiffusionPipeline",
 def protect(pipeline: "DiffusionPipeline", report: LoadReport) -> "DiffusionPipeline":
     "Guard what is quantized, and attach the account."
     quantized = [part for part in report.parts if part.layers]
-    for part in quantized: guard(getattr(pipeline, part.name))
+    for part in report.parts:
+        network = getattr(pipeline, part.name)
+        if part.layers or getattr(network, "hf_quantizer", None) is not None: guard(network)  # which refuses casts, too
     if quantized: guard(pipeline)
     if any(part.precision == "int8" for part in quantized): hush_casts()
     pipeline.load_report = report

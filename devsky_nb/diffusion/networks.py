@@ -8,14 +8,17 @@ __all__ = []
 # %% ../../nbs/diffusion/03_networks.ipynb #ef3b24a7
 import logging, weakref
 from collections import OrderedDict
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
+from math import ceil, prod
 from pathlib import Path
 from typing import Any, TYPE_CHECKING, TypeGuard
 
 from .._core import check_choice, read_json, require
 from ..device import dtype_name
-from .backends import load_by_backend, of_diffusers
-from .quantization import crashing_layers, empty_network, keep_whole
+from .backends import load_by_backend, of_diffusers, stored_bits
+from .quantization import crashing_layers, empty_network, is_quantized, keep_whole
 from ..errors import ModelLoadError, ValidationError
 from ..hub.load import load_errors, load_part, part_class, pipeline_class, quiet
 from ..hub.weights import networks, read_index, weight_files, weights_variant
@@ -57,6 +60,47 @@ def load_on_cpu(part: Path,  # folder of a network of diffusers
     keep_whole(network)
     return network.eval().requires_grad_(False)
 
+# %% ../../nbs/diffusion/03_networks.ipynb #b46fa364
+def packed_problem(layer: Any) -> str | None:  # None: there is none
+    "What is wrong with the packed weight of a layer."
+    from bitsandbytes.nn.modules import Linear4bit
+    weight = layer.weight
+    shape = (layer.out_features, layer.in_features)
+    if not isinstance(layer, Linear4bit):
+        fits = tuple(weight.shape) == shape and weight.dtype.itemsize == 1 and weight.SCB.numel() == shape[0]
+        return None if fits else f"int8 weights of shape {tuple(weight.shape)}, and should be {shape}"
+    state = weight.quant_state
+    if tuple(state.shape) != shape: return f"weights of shape {tuple(state.shape)}, and should be {shape}"
+    blocks = ceil(prod(shape) / state.blocksize)
+    sizes = {"packed bytes": (weight.nbytes, ceil(prod(shape) / 2)), "scales": (state.absmax.numel(), blocks)}
+    if state.nested:
+        sizes["scales of scales"] = (state.state2.absmax.numel(), ceil(blocks / state.state2.blocksize))
+    wrong = [f"{found} {what}, and should have {needed}" for what, (found, needed) in sizes.items() if found != needed]
+    return wrong[0] if wrong else None
+
+def misfit(network: "torch.nn.Module",
+           structure: "torch.nn.Module",  # the same network, empty
+           ) -> str | None:  # None: there is none
+    "What is of another shape in a network than it should be."
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    for path, empty in structure.named_modules():
+        layer = network.get_submodule(path)
+        problem = packed_problem(layer) if isinstance(layer, Linear4bit | Linear8bitLt) else None
+        if problem: return f"{path} has {problem}"
+        for name, expected in [*empty.named_parameters(recurse=False), *empty.named_buffers(recurse=False)]:
+            if name == "weight" and is_quantized(layer): continue
+            found = getattr(layer, name).shape
+            if found == expected.shape: continue
+            return f"{path}.{name} has the shape {tuple(found)}, and should have {tuple(expected.shape)}"
+    return None
+
+def check_fits(network: "torch.nn.Module", structure: "torch.nn.Module", part: Path) -> None:
+    "Refuse a network with a tensor of another shape."
+    problem = misfit(network, structure)
+    if problem is None: return
+    raise ModelLoadError(f"{part} does not fit its configuration: {problem}. Save or fetch the model again",
+                         details={"folder": str(part), "problem": problem})
+
 # %% ../../nbs/diffusion/03_networks.ipynb #2a30b126
 def without_crashing(settings: dict,
                      structure: "torch.nn.Module",
@@ -85,9 +129,11 @@ def load_packed(cls: Any,
                 **options: object,  # as for `load_part`
                 ) -> "torch.nn.Module":
     "Have a library load a network in 8 or 4 bits, on the device that was asked for."
+    from accelerate.hooks import remove_hook_from_module
     from transformers import PreTrainedModel
     if issubclass(cls, PreTrainedModel): options["device_map"] = {"": device}
     with as_current(device): network = load_part(cls, part, dtype, device, **options)
+    remove_hook_from_module(network, recurse=True)  # some versions hook an 8-bit network though it is on one device
     keep_whole(network)
     return network
 
@@ -100,22 +146,33 @@ def load_network(part: Path,
     import diffusers, transformers
     variant = weights_variant(part, dtype)
     cls: Any = part_class(part)
+    if not settings and stored_bits(part) is not None:
+        on_cpu = of_diffusers(cls) and not is_cuda(device)
+        return load_on_cpu(part, dtype, None) if on_cpu else load_packed(cls, part, dtype, device, **variant), []
     if not settings: return load_part(cls, part, dtype, device, **variant), []
-    if "backend" in settings: return load_by_backend(cls, part, dtype, settings, device, **variant), []
-    by_diffusers = of_diffusers(cls)
     structure = empty_network(part)
+    if "backend" in settings:
+        network = load_by_backend(cls, part, dtype, settings, device, **variant)
+        check_fits(network, structure, part)
+        return network, []
+    by_diffusers = of_diffusers(cls)
     crashing = crashing_layers(structure, settings, device)
     settings = without_crashing(settings, structure, crashing, by_diffusers)
     library = diffusers if by_diffusers else transformers
     config = library.BitsAndBytesConfig(**settings)
-    if by_diffusers and not is_cuda(device): return load_on_cpu(part, dtype, settings), crashing
-    return load_packed(cls, part, dtype, device, quantization_config=config, **variant), crashing
+    if by_diffusers and not is_cuda(device): network = load_on_cpu(part, dtype, settings)
+    else: network = load_packed(cls, part, dtype, device, quantization_config=config, **variant)
+    check_fits(network, structure, part)
+    return network, crashing
 
 # %% ../../nbs/diffusion/03_networks.ipynb #5c3119c4
+def is_repacked(weight: Any) -> bool:
+    "Whether the CPU has brought a 4-bit weight into a form of its own."
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
 def repacked(model: object) -> bool:
-    "Whether the CPU has brought 4-bit weights into a form of its own."
-    weights = (weight for network in networks(model) for weight in network.parameters())
-    return any(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False) for weight in weights)
+    "Whether the CPU has repacked weights of a network or a pipeline."
+    return any(is_repacked(weight) for network in networks(model) for weight in network.parameters())
 
 def refused_cast(model: object, dtype: object) -> ValidationError:
     "Why a quantized model keeps its number format."
@@ -148,32 +205,83 @@ def adapters_of(network: object) -> dict:  # by name
     "The adapters that a network has."
     return getattr(network, "peft_config", None) or {}
 
-def active_adapters(network: "torch.nn.Module") -> dict[Any, list[str]]:  # by layer that peft has wrapped
-    "Which adapters each layer works with."
-    layers: list[Any] = [layer for layer in network.modules() if hasattr(layer, "base_layer")]
-    return {layer: list(layer.active_adapters) for layer in layers if hasattr(layer, "active_adapters")}
+def adapter_layers(pipeline: object) -> list[Any]:
+    "The layers of a pipeline's networks that peft has wrapped."
+    layers: list[Any] = [layer for network in networks(pipeline) for layer in network.modules()]
+    return [layer for layer in layers if hasattr(layer, "base_layer") and hasattr(layer, "active_adapters")]
 
-def adapters_in_force(pipeline: object) -> list[str]:  # by name
-    "The adapters that a pipeline draws with."
-    layers = [layers for network in networks(pipeline) for layers in active_adapters(network).items()]
-    return sorted({name for layer, names in layers for name in names if not layer.disable_adapters})
+def note_fields(owner: object) -> dict[str, tuple[Any, Any]]:  # by name: the value, and what is in it
+    "An object's attributes, and what is in those that can be filled and emptied."
+    plain = (dict, list, set, OrderedDict)
+    return {name: (value, copy(value) if type(value) in plain else None) for name, value in vars(owner).items()}
 
-def drop_adapters(network: Any,
-                  kept: set[str],  # names
-                  active: dict[Any, list[str]],  # as it was
-                  ) -> None:
-    "Take a network's other adapters away."
-    from diffusers.utils.peft_utils import delete_adapter_layers, recurse_remove_peft_layers
-    for name in adapters_of(network).keys() - kept:
-        delete_adapter_layers(network, name)
-        adapters_of(network).pop(name, None)
-    if not kept:
-        recurse_remove_peft_layers(network)
-        for name in ("peft_config", "_hf_peft_config_loaded"): vars(network).pop(name, None)
-    for layer, names in active.items():
-        if list(layer.active_adapters) != names: layer.set_adapter(names)
+def put_back(owner: object, noted: dict[str, tuple[Any, Any]]) -> None:
+    "Give an object the attributes that it had."
+    for value, contents in noted.values():
+        if contents is None: continue
+        value.clear()
+        if isinstance(value, list): value.extend(contents)
+        else: value.update(contents)
+    vars(owner).clear()
+    vars(owner).update({name: value for name, (value, _) in noted.items()})
 
-def load_adapter(pipeline: Any, *args: Any, **kwargs: Any) -> None:
+class Structure:
+    "How a pipeline is put together: its layers, and what each has. Weights are referred to, not copied."
+    def __init__(self, pipeline: Any) -> None:
+        parts = networks(pipeline)
+        self.layers = {layer for network in parts for layer in network.modules()}
+        configs = [network.config for network in parts if type(getattr(network, "config", None)).__name__ == "FrozenDict"]
+        self.noted = [(owner, note_fields(owner)) for owner in (pipeline, *self.layers, *configs)]
+        self.trained = [(weight, weight.requires_grad) for network in parts for weight in network.parameters()]
+
+    def restore(self) -> None:
+        "Put everything together as it was."
+        for owner, noted in self.noted: put_back(owner, noted)
+        for weight, trained in self.trained: weight.requires_grad_(trained)
+
+    def lost(self, pipeline: object) -> bool:
+        "Whether a layer was replaced by another, rather than wrapped."
+        now = {layer for network in networks(pipeline) for layer in network.modules()}
+        return bool(self.layers - now)
+
+@contextmanager
+def as_it_was(pipeline: Any) -> Iterator[Structure]:
+    "Have a pipeline as it was if something fails, whatever was changed by then."
+    before = Structure(pipeline)
+    try: yield before
+    except BaseException:
+        before.restore()
+        raise
+
+@contextmanager
+def packed_as_it_is(pipeline: Any) -> Iterator[None]:
+    "Keep the bytes of repacked 4-bit weights: to ask for a network's state unpacks them, and rounds their scales each time."
+    weights: list[Any] = [weight for network in networks(pipeline) for weight in network.parameters() if is_repacked(weight)]
+    noted = [(weight, weight.data, weight.quant_state, dict(vars(weight.quant_state))) for weight in weights]
+    try: yield
+    finally:
+        for weight, data, state, fields in noted:
+            weight.data = data
+            weight.quant_state = state
+            vars(state).clear()
+            vars(state).update(fields)
+
+@contextmanager
+def without_offload(pipeline: Any) -> Iterator[None]:
+    "Take the hooks of model offload away for a moment; libraries that do it themselves forget the device."
+    device = getattr(pipeline, "_offload_device", None) if getattr(pipeline, "_all_hooks", None) else None
+    if device is not None: pipeline.remove_all_hooks()
+    yield
+    if device is not None: pipeline.enable_model_cpu_offload(device=device)
+
+def refused_lora(pipeline: object, why: object) -> ModelLoadError:
+    "The error for a LoRA that does not become part of a pipeline."
+    reason = " ".join(str(why).split())[:300].rstrip(".")
+    return ModelLoadError(f"the LoRA cannot be loaded: {reason}. The {type(pipeline).__name__} is as it was",
+                          details={"pipeline": type(pipeline).__name__},
+                          original_error=why if isinstance(why, Exception) else None)
+
+def load_adapter(pipeline: Any, *args: Any, **kwargs: Any) -> list[str]:  # what the libraries have said
     """Load a LoRA as diffusers does; where that fails, or nothing of it fits, the pipeline is as it was.
 
     Raises:
@@ -181,22 +289,18 @@ def load_adapter(pipeline: Any, *args: Any, **kwargs: Any) -> None:
         DevSkyyError: peft is not installed.
     """
     require("peft")
-    before = {network: (set(adapters_of(network)), active_adapters(network)) for network in networks(pipeline)}
-    was_offloaded = bool(getattr(pipeline, "_all_hooks", None))
-    why: Exception | str = "no layer of this pipeline is named in it"
+    names = {network: set(adapters_of(network)) for network in networks(pipeline)}
     try:
-        with quiet("transformers", "diffusers") as said: type(pipeline).load_lora_weights(pipeline, *args, **kwargs)
-        for text in said:
-            if "unexpected" in text: log.warning(text)
-        hotswapped = kwargs.get("hotswap", False)
-        if hotswapped or any(set(adapters_of(network)) - names for network, (names, _) in before.items()): return
-    except Exception as e: why = e
-    for network, (names, active) in before.items(): drop_adapters(network, names, active)
-    if was_offloaded: pipeline.enable_model_cpu_offload(device=pipeline._offload_device)
-    error = why if isinstance(why, Exception) else None
-    reason = " ".join(str(why).split())[:300].rstrip(".")
-    raise ModelLoadError(f"the LoRA cannot be loaded: {reason}. The {type(pipeline).__name__} is as it was",
-                         details={"pipeline": type(pipeline).__name__}, original_error=error)
+        with (packed_as_it_is(pipeline), as_it_was(pipeline), without_offload(pipeline),
+              quiet("transformers", "diffusers") as said):
+            type(pipeline).load_lora_weights(pipeline, *args, **kwargs)
+            added = any(set(adapters_of(network)) - had for network, had in names.items())
+            if not added and not kwargs.get("hotswap", False):
+                raise ModelLoadError("no layer of this pipeline is named in it")
+    except Exception as e: raise refused_lora(pipeline, e)
+    for text in said:
+        if "unexpected" in text: log.warning(text)
+    return said
 
 # %% ../../nbs/diffusion/03_networks.ipynb #6af2932f
 CAPTURING = "transformers.utils.output_capturing"  # the module whose hooks are put back when they are needed

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
+from types import MethodType
 from typing import Any, TYPE_CHECKING
 
 from .._core import require
@@ -254,6 +255,9 @@ def keep_whole(network: "torch.nn.Module",  # quantized or not
         if type(layer) is not Linear8bitLt or layer.weight.dtype != torch.int8: continue
         whole: Any = layer
         whole.__class__ = whole_layer()
+        forward = MethodType(type(whole).forward, whole)
+        for name, value in list(vars(whole).items()):
+            if getattr(value, "__func__", None) is Linear8bitLt.forward: setattr(whole, name, forward)
         whole.gather()
 
 # %% ../../nbs/diffusion/01_quantization.ipynb #3fa1446e

@@ -17,6 +17,7 @@ from devsky_nb.diffusion.checkpoint import (
     save_quantized,
 )
 from devsky_nb.diffusion.load import LoadReport, make_request
+from devsky_nb.diffusion.networks import load_network
 from devsky_nb.diffusion.quantization import bnb_settings, PARTS
 from devsky_nb.diffusion.sdxl import load_sdxl_pipeline_with_quantization_v1 as load_v1
 from devsky_nb.errors import DevSkyyError, InsufficientMemoryError, ModelLoadError, ValidationError
@@ -282,6 +283,17 @@ def test_weights_that_do_not_fit_are_one_error(what, name, folder):
     error = within(120, lambda: read(folder, network))
     assert isinstance(error, ModelLoadError), error
     assert str(folder / network) in str(error) and "again" in str(error)
+
+
+@pytest.mark.parametrize("ending", ["layer_norm1.bias", "q_proj.weight"])
+@pytest.mark.parametrize("label", ["nf4", "int8"])
+def test_weights_that_do_not_fit_are_refused_while_they_are_quantized(label, ending, tmp_path):
+    shutil.copytree(locate_model("tiny-sdxl"), tmp_path / "model")
+    part = tmp_path / "model" / "text_encoder"
+    change(part, "model.safetensors", reshaped(ending))
+    settings = bnb_settings(use_4bit=label == "nf4", compute_dtype=torch.float32)
+    with quiet("transformers"), pytest.raises(ModelLoadError, match="text_encoder .*again"):
+        load_network(part, torch.float32, settings, "cpu")
 
 
 CONFIGS = {  # of a network; the second is for all

@@ -110,9 +110,9 @@ def test_a_vae_in_half_precision_decodes_in_float32_and_comes_back(device):
     pipeline = load_model("tiny-sdxl", device=device, dtype=torch.float16)
     assert pipeline.vae.config.force_upcast
     half = QuantizedSDXLGenerator(pipeline=pipeline)
-    theirs = pipeline(
-        PROMPTS[0], num_inference_steps=2, guidance_scale=5.0, generator=torch.Generator().manual_seed(5)
-    ).images[0]
+    side = 64 // pipeline.vae_scale_factor
+    noise = torch.randn(1, 4, side, side, generator=torch.Generator().manual_seed(5))  # ours is drawn in float32, too
+    theirs = pipeline(PROMPTS[0], num_inference_steps=2, guidance_scale=5.0, latents=noise.half()).images[0]
     seen = []
     assert same(
         half.generate(PROMPTS[0], seed=5, **FAST, preview_every=1, callback=lambda *news: seen.append(news[2][0])),
