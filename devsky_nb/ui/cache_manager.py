@@ -24,17 +24,17 @@ def manager_controls() -> SimpleNamespace:
     "What can be chosen and done."
     import ipywidgets as widgets
     return SimpleNamespace(
-        refresh=make_button("Refresh", "Look at the cache again", "7em"),
-        revision=make_control(widgets.Dropdown, "revision", "40em", options=[("none", "")]),
+        refresh=make_button("Refresh", "Look at the cache again"),
+        revision=make_control(widgets.Dropdown, "revision", options=[("none", "")]),
         alias=make_control(widgets.Text, "pin as", placeholder="production"),
-        pin=make_button("Pin", "Protect this revision", "7em"),
-        unpin=make_button("Unpin", "Give this pin up; nothing is deleted", "7em"),
+        pin=make_button("Pin", "Protect this revision"),
+        unpin=make_button("Unpin", "Give this pin up; nothing is deleted"),
         limit=make_control(widgets.Text, "shrink to", placeholder="20GB"),
         days=make_control(widgets.Text, "unused days", placeholder="90"),
-        make_plan=make_button("Plan", "What would be deleted? Nothing is, yet", "7em", button_style="primary"),
+        make_plan=make_button("Plan", "What would be deleted? Nothing is, yet", button_style="primary"),
         confirm=widgets.Checkbox(description="nothing is planned", indent=False, disabled=True,
                                  layout=widgets.Layout(width="auto")),
-        evict=make_button("Evict", "Delete what the plan names", "7em", button_style="danger", disabled=True))
+        evict=make_button("Evict", "Delete what the plan names", button_style="danger", disabled=True))
 
 class CacheManager(Panel):
     "The Hub cache: stored, pinned, planned, evicted."

@@ -20,7 +20,7 @@ from ..memory.formats import FORMATS
 from ..memory.offload import OFFLOADS
 from ..memory.plan import check_budget, MemoryPlan, plan_vram, PlanOption, usual_dtype
 from ..memory.plots import plot_phases
-from .panel import Job, make_control, Panel, plot_html
+from .panel import Job, make_control, Panel, plot_html, verdict_html
 
 # %% ../../nbs/ui/02_memory_planner.ipynb #d70dde8e
 def side_choices(own: int,  # the model's own side in pixels; 0: it does not draw
@@ -34,12 +34,14 @@ def side_choices(own: int,  # the model's own side in pixels; 0: it does not dra
     return [*smaller, (f"{own}² own", 0), *larger]
 
 # %% ../../nbs/ui/02_memory_planner.ipynb #14a00007
+def peak_text(option: PlanOption) -> str:
+    "The peak of an option, and when it is reached."
+    return f"{format_bytes(option.estimate.peak_allocated)} in {option.estimate.peak_phase}"
+
 def option_text(option: PlanOption) -> str:
     "What an option takes, in a sentence."
-    estimate = option.estimate
-    peak = f"{format_bytes(estimate.peak_allocated)} in {estimate.peak_phase}"
-    if not option.fits: return f"{option.label}: does not fit, {peak}"
-    return f"{option.label}: {peak}, {format_bytes(option.margin or 0)} left"
+    if not option.fits: return f"{option.label}: does not fit, {peak_text(option)}"
+    return f"{option.label}: {peak_text(option)}, {format_bytes(option.margin or 0)} left"
 
 # %% ../../nbs/ui/02_memory_planner.ipynb #5475bd9e
 def planner_controls(models: list[str], model: str, budget: int) -> SimpleNamespace:
@@ -74,13 +76,13 @@ class MemoryPlanner(Panel):
         self.controls = planner_controls(list(dict.fromkeys([*self.registry.known, model])), model, budget)
         self.plot = widgets.HTML()
         self.verdict = widgets.HTML()
-        wide = widgets.Layout(width="52em", max_width="100%")
+        wide = widgets.Layout(width="auto")
         self.ranked = widgets.Select(options=[], rows=6, layout=wide)
         self.code = widgets.Textarea(rows=10, layout=wide)
         c = self.controls
         left = widgets.VBox([c.model, c.budget, c.size, c.batch])
         right = widgets.VBox([c.quant, c.offload, c.vae, c.tiling, c.slicing, c.compile, c.channels_last])
-        columns = widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap"))
+        columns = widgets.HBox([left, right])
         super().__init__("Memory planner", [columns],
                          [self.plot, self.verdict, self.ranked, widgets.HTML("Python"), self.code])
         for control in vars(self.controls).values(): control.observe(self.predict, "value")
@@ -143,7 +145,9 @@ class MemoryPlanner(Panel):
 
     # %% ../../nbs/ui/02_memory_planner.ipynb #72418728
     def _show_option(self, option: PlanOption, plot: str) -> None:
-        self.plot.value = f"<p>{'✓' if option.fits else '✗'} {escape(option_text(option))}</p>{plot}"
+        words = "fits" if option.fits else "does not fit"
+        verdict = verdict_html(option.fits, words, f"{option.label}: {peak_text(option)}")
+        self.plot.value = f"{verdict}{plot}"
         self.code.value = option.code
 
     def _show_ranking(self, plan: MemoryPlan) -> None:

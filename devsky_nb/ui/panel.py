@@ -9,13 +9,15 @@ __all__ = []
 import base64, io, logging, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from html import escape
+from importlib import resources
 from pathlib import Path
 from typing import Any, Self, TYPE_CHECKING
 
 from PIL import Image
 
-from .._core import check_path
+from .._core import check_path, require
 from ..errors import DevSkyyError, MLError
 
 if TYPE_CHECKING:
@@ -71,41 +73,38 @@ class Job:
 # %% ../../nbs/ui/01_panel.ipynb #18c0f0c1
 log = logging.getLogger(__name__)
 
-STYLE = """<style onload="this.closest('.devsky')
-    .addEventListener('focusin', e => e.target.dataset.lmSuppressShortcuts = true)">
-.devsky img {max-width: 100%; border-radius: 3px}
-.devsky .devsky-error {border-left: 4px solid #c62828; background: rgba(198, 40, 40, .12); padding: 2px 8px;
-                       line-height: 1.4; white-space: normal}
-.devsky .devsky-stale {opacity: .45}
-.devsky p {margin: 4px 0}
-.devsky textarea, .devsky select {font-family: var(--jp-code-font-family, monospace)}
-.devsky figure {display: inline-block; margin: 0 12px 8px 0; vertical-align: top; line-height: 1.3}
-.devsky-map {position: relative; width: 100%; max-width: 800px; overflow: visible}
-.devsky-map > .widget-html, .devsky-map figure {display: block; width: 100%; margin: 0; height: auto}
-.devsky-map img {display: block; width: 100%}
-.devsky-map button.devsky-point {position: absolute; width: 6%; height: 9.6%; margin: 0; padding: 0; min-width: 0;
-                                 background: transparent; border: 0; box-shadow: none}
-.devsky-map button.devsky-point:hover, .devsky-map button.devsky-point:focus {outline: 3px solid #D55E00; z-index: 2}
-.devsky-map button.devsky-chosen {outline: 3px solid #0072B2; z-index: 1}
-</style>"""
+@cache
+def script_widget() -> "type[Widget]":
+    "A widget with a script and the style sheet of all panels; loaded when the first panel is made."
+    import anywidget, traitlets
+    class PanelScript(anywidget.AnyWidget):
+        _esm = template_text("panel.js")
+        _css = template_text("panel.css")
+        known_keys: Any = traitlets.List().tag(sync=True)
+        focus_keys: Any = traitlets.Dict().tag(sync=True)  # key: class of the control that it leads to
+    return PanelScript
+
+def template_text(name: str) -> str:
+    "A file of ours for the page."
+    return resources.files("devsky_nb").joinpath("templates", name).read_text(encoding="utf-8")
 
 def make_control(kind: "type[Widget]",  # such as IntSlider
                  name: str,  # what stands before it
-                 width: str = "25em",
                  **traits: object,
                  ) -> "Widget":
-    "A control with a label that is read out."
+    "A control with a label that is read out, as wide as there is room."
     from ipywidgets import Layout
-    return kind(description=name, style={"description_width": "6.5em"}, layout=Layout(width=width), **traits)
+    control = kind(description=name, style={"description_width": "6.5em"}, layout=Layout(width="auto"), **traits)
+    control.add_class("devsky-control")
+    return control
 
 def make_button(text: str,
                 tooltip: str = "",
-                width: str = "11em",
                 **traits: object,
                 ) -> "Button":
     "A button that says more when the mouse rests on it."
     from ipywidgets import Button, Layout
-    return Button(description=text, tooltip=tooltip, layout=Layout(width=width), **traits)
+    return Button(description=text, tooltip=tooltip, layout=Layout(width="auto"), **traits)
 
 # %% ../../nbs/ui/01_panel.ipynb #2229b373
 class Panel:
@@ -116,6 +115,7 @@ class Panel:
                  results: "list[Widget]",
                  ):
         from ipywidgets import HBox, HTML, IntProgress, Layout, VBox
+        require("anywidget")
         self.title = title
         self.error: Exception | None = None  # of what was done last
         self.lock = threading.RLock()  # of everything that is seen
@@ -126,12 +126,16 @@ class Panel:
         self.updating = False  # a program sets the controls: no request
         self.progress_bar = IntProgress(max=1, layout=Layout(width="10em"))
         self.status = HTML()
-        self.cancel_button = make_button("Cancel", "Stop the work that is going on", "6em", disabled=True)
+        self.cancel_button = make_button("Cancel", "Stop the work that is going on", disabled=True)
         self.cancel_button.on_click(lambda _: self.cancel())
+        self.progress = HBox([self.progress_bar, self.cancel_button], layout=Layout(visibility="hidden"))
         self.settings = VBox(settings)
         self.results = VBox(results)
-        head = HTML(f"{STYLE}<b>{escape(title)}</b>")
-        self.box = VBox([head, self.settings, HBox([self.cancel_button, self.progress_bar]), self.status, self.results])
+        self.script = script_widget()()
+        self.script.add_class("devsky-script")
+        head = HBox([HTML(f"<h3>{escape(title)}</h3>"), self.progress])
+        head.add_class("devsky-head")
+        self.box = VBox([head, self.settings, self.status, self.results, self.script])
         self.box.add_class("devsky")
 
     @contextmanager
@@ -153,6 +157,7 @@ class Panel:
     def _show_busy(self, what: str, stoppable: bool) -> None:
         self._say(f"{what} …")
         self.cancel_button.disabled = not stoppable
+        self.progress.layout.visibility = "visible"
         self.progress_bar.value = 0
         self.progress_bar.max = 1
         self.results.add_class("devsky-stale")
@@ -215,6 +220,7 @@ class Panel:
     # %% ../../nbs/ui/01_panel.ipynb #7b3007d2
     def _finish(self, job: Job, error: Exception | None) -> None:
         self.cancel_button.disabled = True
+        self.progress.layout.visibility = "hidden"
         self.progress_bar.value = 0
         if error is None:
             self._say("")
@@ -245,6 +251,24 @@ class Panel:
             try: self._say(action() or "")
             except Exception as e: self._fail(e)
 
+    # %% ../../nbs/ui/01_panel.ipynb #14a00021
+    def set_keys(self,
+                 actions: dict[str, Callable[[], object]],  # by key, such as {"n": next_button.click}
+                 fields: "dict[str, Widget] | None" = None,  # by key: where one types after it
+                 ) -> None:
+        "Let keys do something, wherever in the panel the focus is, except where one types."
+        def press(_: object, message: dict, __: object) -> None:
+            action = actions.get(message.get("key", ""))
+            if action is not None: action()
+        for key, field in (fields or {}).items(): field.add_class(f"devsky-key-{key}")
+        self.script.focus_keys = {key: f"devsky-key-{key}" for key in fields or {}}
+        self.script.known_keys = list(actions)
+        self.script.on_msg(press)
+
+    def hear_keys(self) -> None:
+        "Give the focus back to the panel, from a field in which was typed."
+        self.script.send({"focus": True})
+
     # %% ../../nbs/ui/01_panel.ipynb #551a01bd
     def static_page(self) -> str:
         "The panel as a page of its own, as it is now."
@@ -263,6 +287,7 @@ def static_html(widget: "Widget") -> str:
     "What can be seen of a widget without a kernel."
     from ipywidgets import Box, HTML, Select, Textarea
     if isinstance(widget, HTML): return widget.value
+    if drawn := getattr(widget, "without_kernel", ""): return drawn  # a widget of ours that draws itself in the page
     if isinstance(widget, Textarea) and widget.value: return f"<pre>{escape(widget.value)}</pre>"
     if isinstance(widget, Select) and widget.options:
         return f"<ol>{''.join(f'<li>{escape(label)}</li>' for label, _ in widget.options[:12])}</ol>"
@@ -288,6 +313,7 @@ def image_html(image: Image.Image,
                caption: str = "",
                width: int | None = None,  # pixels on the screen; None: its own
                photo: bool = False,  # True: smaller, with little loss
+               kind: str = "",  # class of the style sheet
                ) -> str:
     "An image for a page."
     buffer = io.BytesIO()
@@ -295,7 +321,7 @@ def image_html(image: Image.Image,
     else: image.save(buffer, "PNG", optimize=True)
     source = f"data:image/{'webp' if photo else 'png'};base64,{base64.b64encode(buffer.getvalue()).decode()}"
     shown = f"<img src='{source}' alt='{escape(alt, quote=True)}' width='{width or image.width}'>"
-    return f"<figure>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
+    return f"<figure class='{kind}'>{shown}<figcaption>{escape(caption)}</figcaption></figure>"
 
 def plot_html(draw: "Callable[[Axes], object]",
               alt: str,  # what it shows, in words
@@ -308,7 +334,15 @@ def plot_html(draw: "Callable[[Axes], object]",
         figure = Figure(figsize=size, layout="constrained")
         draw(figure.subplots())
         figure.savefig(buffer, format="png", dpi=90)
-    return image_html(Image.open(buffer).quantize(128), alt)
+    return image_html(Image.open(buffer).quantize(128), alt, kind="devsky-plot")
+
+def verdict_html(good: bool | None,  # None: neither
+                 words: str,  # such as "fits"
+                 text: str = "",  # what follows
+                 ) -> str:
+    "A verdict: in a colour, with a sign, and in words."
+    tone, sign = {True: ("good", "✓ "), False: ("bad", "✗ "), None: ("warn", "")}[good]
+    return f"<p class='devsky-verdict devsky-{tone}'><b>{sign}{escape(words)}</b>{escape(text)}</p>"
 
 # %% ../../nbs/ui/01_panel.ipynb #31d0c5a5
 def as_path(name: str,  # of the argument

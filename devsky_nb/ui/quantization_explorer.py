@@ -60,7 +60,7 @@ def explorer_controls(prompt: str, seed: int, steps: int) -> SimpleNamespace:
     import ipywidgets as widgets
     names = list(QUANTIZATIONS)
     return SimpleNamespace(
-        prompt=make_control(widgets.Text, "prompt", "51em", value=prompt, continuous_update=False),
+        prompt=make_control(widgets.Text, "prompt", value=prompt, continuous_update=False),
         seed=make_control(widgets.BoundedIntText, "seed", min=SEEDS[0], max=SEEDS[1], value=seed),
         steps=make_control(widgets.IntSlider, "steps", min=1, max=50, value=steps, continuous_update=False),
         left=make_control(widgets.Dropdown, "left", options=names, value=names[0]),

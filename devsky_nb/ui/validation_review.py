@@ -17,11 +17,12 @@ from typing import Any
 from .._core import one_line, require
 from ..embedding.embedder import check_embedder, ImageEmbedder
 from ..errors import ValidationError
-from .panel import as_path, Job, make_button, make_control, Panel
+from .panel import as_path, Job, make_button, make_control, Panel, verdict_html
 from ..validation.account import id_of, images_of
 from ..validation.contract import ImageSetContract
 from ..validation.report import (as_image_set, check_contract, check_image_set, failure_text, json_data,
-                                 label_text, outlier_text, remedy_of, ValidationReport, warning_text, write_report)
+                                 label_text, outlier_text, remedy_of, ValidationReport, warning_text,
+                                 write_report)
 
 # %% ../../nbs/ui/05_validation_review.ipynb #b40524df
 FINDING_KINDS = {"failed": "failed", "label": "perhaps mislabelled", "copy": "copies", "outlier": "outliers",
@@ -34,6 +35,13 @@ class ReviewItem:
     index: int  # position in the set
     text: str  # what to know
     original: int | None = None  # of a copy: the position of the image that it repeats
+    label: str = ""  # that the image looks like; "": no other
+
+    @property
+    def suggestion(self) -> str:
+        "What the finding suggests, in words; \"\": that a person looks."
+        if self.kind in ("failed", "copy"): return "leave it out"
+        return f"label it {one_line(self.label, 40)}" if self.label else ""
 
 def review_items(report: ValidationReport) -> list[ReviewItem]:
     "What there is to decide about."
@@ -41,7 +49,7 @@ def review_items(report: ValidationReport) -> list[ReviewItem]:
     for error in report.results["errors"]:
         items.append(ReviewItem("failed", error["index"], f"{failure_text(error)}. {remedy_of(error)}"))
     for wrong in report.findings["wrong_labels"]:
-        items.append(ReviewItem("label", wrong["index"], label_text(wrong)))
+        items.append(ReviewItem("label", wrong["index"], label_text(wrong), label=wrong["suggested"]))
     for group in report.findings["duplicates"]:
         original = group["representative"]
         name = one_line(id_of(report.images[original], original), 40)
@@ -84,13 +92,18 @@ def review_controls(out: Path) -> SimpleNamespace:
     import ipywidgets as widgets
     return SimpleNamespace(
         kind=make_control(widgets.Dropdown, "show", options=[("everything", "")]),
-        item=make_control(widgets.Select, "findings", "52em", options=[], rows=9),
-        label=make_control(widgets.Combobox, "label", placeholder="another label", ensure_option=False),
-        relabel=make_button("Relabel", "Give the chosen image this label"),
-        accept=make_button("Take suggestion", "Give the chosen image the label that it looks like"),
-        leave_out=make_button("Leave out / keep", "Leave the chosen entry out, or keep it after all"),
+        advance=widgets.Checkbox(description="go on by itself", value=True, indent=False,
+                                 layout=widgets.Layout(width="auto")),
+        item=make_control(widgets.Select, "findings", options=[], rows=9),
+        accept=make_button("Take suggestion (A)", "Do what the finding suggests", button_style="primary"),
+        keep=make_button("Keep (K)", "The entry is right as it is"),
+        leave_out=make_button("Leave out (X)", "The corrected set does without this entry"),
+        next=make_button("Next (N)", "Look at the next finding; P goes back"),
+        undo=make_button("Undo (U)", "Take the last decision back"),
         leave_all_out=make_button("Leave all out", "Leave out every entry that the list shows"),
-        file=make_control(widgets.Text, "file", "40em", value=str(out)),
+        label=make_control(widgets.Combobox, "label (R)", placeholder="another label", ensure_option=False),
+        relabel=make_button("Relabel", "Give the chosen image this label, as Enter does"),
+        file=make_control(widgets.Text, "file", value=str(out)),
         export=make_button("Export", "Write the corrected set", button_style="primary"))
 
 class ValidationReview(Panel):
@@ -98,7 +111,7 @@ class ValidationReview(Panel):
     def __init__(self,
                  image_set: dict,
                  embedder: ImageEmbedder,
-                 contract: ImageSetContract,
+                 contract: ImageSetContract | None,
                  out: Path,
                  ):
         import ipywidgets as widgets
@@ -109,6 +122,8 @@ class ValidationReview(Panel):
         self.items: list[ReviewItem] = []
         self.labels: dict[int, str] = {}  # new ones, by position
         self.left_out: set[int] = set()  # positions
+        self.kept: set[int] = set()  # positions of what a person found right
+        self.history: list[tuple[dict[int, str], set[int], set[int], int | None]] = []  # before each decision
         self.written: Path | None = None  # the file of this panel
         self.label_of: int | None = None  # the position that the label in the field belongs to
         self.controls = review_controls(out)
@@ -116,17 +131,22 @@ class ValidationReview(Panel):
         self.decided = widgets.HTML()
         self.verdict = widgets.HTML()
         c = self.controls
-        decisions = [widgets.HBox([c.label, c.relabel, c.accept]), widgets.HBox([c.leave_out, c.leave_all_out])]
-        rows = [c.item, self.card, *decisions, widgets.HBox([c.file, c.export]), self.decided, self.verdict]
-        super().__init__("Validation review", [c.kind], rows)
+        decisions = widgets.HBox([c.accept, c.keep, c.leave_out, c.next, c.undo])
+        rows = [self.verdict, c.item, self.card, decisions, widgets.HBox([c.label, c.relabel, c.leave_all_out]),
+                self.decided, widgets.HBox([c.file, c.export])]
+        super().__init__("Validation review", [widgets.HBox([c.kind, c.advance])], rows)
         c.kind.observe(lambda _: self._list_items(), "value")
         c.item.observe(lambda _: self._show_item(), "value")
-        c.relabel.on_click(lambda _: self.act(self.relabel))
-        c.accept.on_click(lambda _: self.act(self.accept))
-        c.leave_out.on_click(lambda _: self.act(self.leave_out))
-        c.leave_all_out.on_click(lambda _: self.act(self.leave_all_out))
-        c.export.on_click(lambda _: self.act(self.export))
+        for name in ("accept", "keep", "leave_out", "next", "undo", "leave_all_out", "relabel", "export"):
+            self._press(name)
+        c.label.on_msg(lambda _, message, __: message.get("event") == "submit" and c.relabel.click())
+        self.set_keys({"a": c.accept.click, "k": c.keep.click, "x": c.leave_out.click, "n": c.next.click,
+                       "p": lambda: self.act(self.previous), "u": c.undo.click}, fields={"r": c.label})
         self.ask("checking", self._check)
+
+    def _press(self, name: str) -> None:
+        "Let a button do what is called like it."
+        getattr(self.controls, name).on_click(lambda _: self.act(getattr(self, name)))
 
     # %% ../../nbs/ui/05_validation_review.ipynb #484770f6
     def _check(self, job: Job) -> None:
@@ -143,7 +163,7 @@ class ValidationReview(Panel):
         kinds = [item.kind for item in self.items]
         choices = [(f"everything ({len(kinds)})", "")]
         choices += [(f"{text} ({kinds.count(kind)})", kind) for kind, text in FINDING_KINDS.items() if kind in kinds]
-        self.verdict.value = report._repr_html_()
+        self.verdict.value = review_verdict(report)
         self.controls.kind.options = choices
         self._list_items()
 
@@ -154,7 +174,10 @@ class ValidationReview(Panel):
     # %% ../../nbs/ui/05_validation_review.ipynb #4b1c90a2
     def _line(self, item: ReviewItem) -> str:
         "An item as a line of the list."
-        mark = "–" if item.index in self.left_out else "✎" if item.index in self.labels else " "
+        mark = " "
+        if item.index in self.kept: mark = "✓"
+        if item.index in self.labels: mark = "✎"
+        if item.index in self.left_out: mark = "–"
         name = id_of(self._checked().images[item.index], item.index)
         return f"{mark} {one_line(name, 24)}: {one_line(item.text, 90)}"
 
@@ -174,66 +197,138 @@ class ValidationReview(Panel):
         if chosen is None: raise ValidationError("no entry is chosen: choose one in the list of findings")
         return self.items[chosen]
 
-    def _figure(self, index: int, text: str) -> str:
+    def _decision(self, index: int) -> tuple[str, str]:  # words, and their tone; "": none yet
+        if index in self.left_out: return "left out", "bad"
+        if index in self.labels: return f"relabelled {one_line(self.labels[index], 60)}", "good"
+        return ("kept as it is", "good") if index in self.kept else ("", "")
+
+    def _figure(self,
+                index: int,
+                text: str,
+                thumbnails: dict[int, str],
+                ) -> str:
         "An entry with its image, and what is decided about it."
-        about = self._checked()._card(index, {})
+        about = self._checked()._card(index, thumbnails)
         image = "no image can be shown"
         if about["src"]: image = f"<img src='{about['src']}' alt='{escape(about['alt'], quote=True)}'>"
-        decision = "kept as it is"
-        if index in self.labels: decision = f"relabelled {self.labels[index]!r}"
-        if index in self.left_out: decision = "left out"
+        words, tone = self._decision(index)
+        decision = f"<br><span class='devsky-badge devsky-{tone}'>{escape(words)}</span>" if words else ""
         name = f"<b>{escape(about['id'])}</b> {escape(about['label'])}"
-        return f"<figure>{image}<figcaption>{name}<br>{escape(text)}<br>{escape(decision)}</figcaption></figure>"
+        return f"<figure>{image}<figcaption>{name}<br>{escape(text)}{decision}</figcaption></figure>"
 
     def _show_item(self) -> None:
         "The chosen entry, and the image that it repeats."
         if self.updating: return
-        total = len(self._checked().images)
-        self.decided.value = f"<p>{len(self.labels)} relabelled, {len(self.left_out)} left out of {total}</p>"
+        report = self._checked()
+        self._show_decided()
         if self.controls.item.value is None:
             self.card.value = "<p>nothing to look at</p>"
             return
         item = self._chosen()
-        self.card.value = self._figure(item.index, item.text)
-        if item.original is not None: self.card.value += self._figure(item.original, "the image that it repeats")
+        texts = {item.index: item.text}
+        if item.original is not None: texts[item.original] = "the image that it repeats"
+        thumbnails = report._thumbnails(dict.fromkeys(texts, 320))
+        figures = "".join(self._figure(index, text, thumbnails) for index, text in texts.items())
+        hint = f"<p>Suggestion: <b>{escape(item.suggestion)}</b></p>" if item.suggestion else ""
+        self.card.value = f"<div class='devsky-pair'>{figures}</div>{hint}"
         if item.index == self.label_of: return
         self.label_of = item.index
         self.controls.label.value = self.labels.get(item.index, "")
 
+    def _show_decided(self) -> None:
+        "How far the review is."
+        about = {item.index for item in self.items}
+        done = len(about & (self.kept | self.left_out | self.labels.keys()))
+        total = len(self._checked().images)
+        how = f"{len(self.kept)} kept, {len(self.labels)} relabelled, {len(self.left_out)} left out of {total}"
+        self.decided.value = f"<p>{done} of {len(about)} entries decided: {how}</p>"
+
     # %% ../../nbs/ui/05_validation_review.ipynb #41c8455d
+    def _decide(self,
+                indices: set[int],  # of entries
+                label: str | None = None,  # None: the one that they have
+                leave_out: bool = False,
+                ) -> None:
+        "Decide about entries, and go on."
+        self.history.append((dict(self.labels), set(self.left_out), set(self.kept), self.controls.item.value))
+        self.kept -= indices
+        self.left_out -= indices
+        for index in indices: self.labels.pop(index, None)
+        if leave_out: self.left_out |= indices
+        elif label is None: self.kept |= indices
+        else: self.labels |= dict.fromkeys(indices, label)
+        self.label_of = None
+        if self.controls.advance.value: self._go_to_undecided()
+        self._list_items()
+
+    def _go_to_undecided(self) -> None:
+        "Choose the next entry of the list about which nothing is decided, if there is one."
+        listed = [n for _, n in self.controls.item.options]
+        if self.controls.item.value not in listed: return
+        place = listed.index(self.controls.item.value)
+        for n in listed[place + 1:] + listed[:place]:
+            if self._decision(self.items[n].index)[0]: continue
+            with self.update(): self.controls.item.value = n
+            return
+
     def relabel(self) -> str:
         "Give the chosen entry the label in the field."
         index = self._chosen().index
         label = self.controls.label.value.strip()
         if not label: raise ValidationError("no label is given: type one, or choose one of those in the set")
-        self.labels[index] = label
-        self.left_out.discard(index)
-        self._list_items()
+        self._decide({index}, label)
+        self.hear_keys()
         return f"labelled {label}"
 
     def accept(self) -> str:
-        "Give the chosen entry the label that it looks like."
-        index = self._chosen().index
-        for wrong in self._checked().findings["wrong_labels"]:
-            if wrong["index"] != index: continue
-            self.controls.label.value = wrong["suggested"]
-            return self.relabel()
-        raise ValidationError("there is no suggestion for this entry: type a label")
+        "Do what the finding suggests."
+        item = self._chosen()
+        if not item.suggestion: raise ValidationError("there is no suggestion for this entry: keep it, or leave it out")
+        self._decide({item.index}, item.label or None, leave_out=not item.label)
+        return f"labelled {item.label}" if item.label else "left out"
+
+    def keep(self) -> str:
+        "Leave the chosen entry as it is."
+        self._decide({self._chosen().index})
+        return "kept"
+
+    def leave_out(self) -> str:
+        "Do without the chosen entry."
+        self._decide({self._chosen().index}, leave_out=True)
+        return "left out"
 
     # %% ../../nbs/ui/05_validation_review.ipynb #fe512303
-    def leave_out(self) -> str:
-        "Leave the chosen entry out, or keep it after all."
-        index = self._chosen().index
-        self.left_out ^= {index}
-        self._list_items()
-        return "left out" if index in self.left_out else "kept"
-
     def leave_all_out(self) -> str:
         "Leave out every entry of the list."
         listed = {self.items[n].index for _, n in self.controls.item.options}
-        self.left_out |= listed
-        self._list_items()
+        if not listed: raise ValidationError("the list is empty: show another kind of findings")
+        self._decide(listed, leave_out=True)
         return f"{len(listed)} left out"
+
+    def undo(self) -> str:
+        "Take the last decision back."
+        if not self.history: raise ValidationError("nothing is decided yet, so there is nothing to take back")
+        self.labels, self.left_out, self.kept, chosen = self.history.pop()
+        self.label_of = None
+        listed = [n for _, n in self.controls.item.options]
+        with self.update():
+            if chosen in listed: self.controls.item.value = chosen
+        self._list_items()
+        return "taken back"
+
+    def next(self) -> str:
+        "Look at the next finding of the list."
+        return self._go(1)
+
+    def previous(self) -> str:
+        "Look at the finding before."
+        return self._go(-1)
+
+    def _go(self, step: int) -> str:
+        listed = [n for _, n in self.controls.item.options]
+        self._chosen()
+        self.controls.item.value = listed[(listed.index(self.controls.item.value) + step) % len(listed)]
+        return ""
 
     # %% ../../nbs/ui/05_validation_review.ipynb #14a00014
     def export(self) -> str:
@@ -251,6 +346,14 @@ class ValidationReview(Panel):
         self.written = write_report(path, text + "\n")
         return f"written: {path.name}, {len(report.images) - len(self.left_out)} entries"
 
+# %% ../../nbs/ui/05_validation_review.ipynb #484770f6
+def review_verdict(report: ValidationReport) -> str:
+    "What the report says, in a colour and in words."
+    words = "contract fulfilled" if report.ok else "contract not fulfilled"
+    if report.contract is None: words = "enough succeeded" if report.ok else "too few succeeded"
+    broken = "; ".join(f"{clause.name}: {clause.found}" for clause in report.clauses if not clause.ok)
+    return verdict_html(report.ok, words, f"{report.verdict} {broken}")
+
 # %% ../../nbs/ui/05_validation_review.ipynb #dfeaef54
 def validation_review(image_set: "dict | Sequence | str | os.PathLike",  # as `check_image_set` takes it
                       embedder: ImageEmbedder,
@@ -260,8 +363,9 @@ def validation_review(image_set: "dict | Sequence | str | os.PathLike",  # as `c
                       ) -> ValidationReview:  # display it; `labels` and `left_out` have the decisions
     """Go through what looks wrong in an image set, and write it corrected.
 
-    The set is checked in a thread, as `check_image_set` does. Nothing is changed in place: neither the set, nor a file
-    that is there.
+    The set is checked in a thread, as `check_image_set` does. Keys decide while the focus is in the panel: A takes the
+    suggestion, K keeps, X leaves out, R types a label, N and P go on and back, U takes the last decision back. Nothing
+    is changed in place: neither the set, nor a file that is there.
 
     Args:
         image_set: as `check_image_set` takes it
@@ -282,4 +386,5 @@ def validation_review(image_set: "dict | Sequence | str | os.PathLike",  # as `c
     checked: dict[str, Any] = as_image_set(image_set)
     images_of(checked)
     check_embedder(embedder)
-    return ValidationReview(checked, embedder, check_contract(contract), as_path("out", out))
+    check_contract(contract)
+    return ValidationReview(checked, embedder, contract, as_path("out", out))

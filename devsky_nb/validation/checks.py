@@ -6,11 +6,14 @@
 __all__ = []
 
 # %% ../../nbs/validation/04_checks.ipynb #328c41c9
+import os
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
+from .._core import read_json
 from ..embedding.embedder import ImageEmbedder, Embedded
 from ..embedding.texts import label_texts
 from ..errors import DevSkyyError
@@ -72,6 +75,31 @@ def why_labels_cannot_be_read(embedder: ImageEmbedder, labels: list[str]) -> str
         return f"labels cannot be read as texts: {e}"
     return ""
 
+# %% ../../nbs/validation/04_checks.ipynb #k0045002
+@dataclass(frozen=True)
+class Knowledge:
+    "What alone a model was trained on."
+    what: str  # in words
+    texts: list[str]  # captions of its images
+    cosine: float  # least likeness of an image of this kind to one of them
+
+    def knows_images(self, vectors: np.ndarray, embedder: ImageEmbedder) -> np.ndarray:  # (N,) bool
+        "Which images are like those that it was trained on."
+        known = embedder.encode_text(self.texts).numpy()
+        return (vectors @ known.T).max(1, initial=-1) >= self.cosine
+
+    def knows_label(self, label: str) -> bool:
+        "Whether it has read every word of a label."
+        words = {word for text in self.texts for word in text.split()}
+        return words.issuperset(label.lower().split())
+
+def knowledge_of(embedder: ImageEmbedder) -> Knowledge | None:  # None: of all kinds, as far as is known
+    "What a model says that it was trained on."
+    file = embedder.path / "knows.json"
+    if not os.path.lexists(file): return None
+    said = read_json(file, {"what": str, "texts": list, "cosine": float}, remedy="Install devsky_nb again")
+    return Knowledge(said["what"], [str(text) for text in said["texts"]], said["cosine"])
+
 # %% ../../nbs/validation/04_checks.ipynb #0e8c9680
 SURE = 0.9  # least probability of another label
 MIN_COMPANY = 3  # images that make a centroid
@@ -101,6 +129,7 @@ def centroid_probabilities(vectors: np.ndarray,  # (N, D), length 1 each
 
 # %% ../../nbs/validation/04_checks.ipynb #a905c647
 MAX_LABELS = 1000  # more are names of images rather than classes
+ZERO_SHOT = "zero-shot"
 
 def label_findings(found: Embeddings,
                    embedder: ImageEmbedder,
@@ -117,11 +146,23 @@ def label_findings(found: Embeddings,
     y = np.searchsorted(labels, [given[row] for row in rows])
     method, p = _label_probabilities(found.vectors[rows], y, labels, embedder, template)
     p = np.nan_to_num(p)
+    knows = knowledge_of(embedder) if method == ZERO_SHOT else None
+    if knows is not None:
+        familiar = np.array([knows.knows_label(label) for label in labels])
+        judged = knows.knows_images(found.vectors[rows], embedder) & familiar[y]
+        p[:, ~familiar] = 0
+        p[~judged] = 0
+        method = f"{method}, by a model trained on {knows.what}" + _not_judged(int((~judged).sum()), len(rows))
     best = p.argmax(1)
     sure = np.flatnonzero((best != y) & (p.max(1) >= SURE))
     surest_first = sure[np.argsort(-p[sure, best[sure]], kind="stable")]
     return method, [{"index": int(found.indices[rows[r]]), "label": labels[y[r]], "suggested": labels[best[r]],
                      "probability": round(float(p[r, best[r]]), 4)} for r in surest_first]
+
+
+def _not_judged(n: int, of: int) -> str:  # "": all are
+    "How many images are unlike what a model knows."
+    return f": {n:,} of {of:,} images or their labels are unlike those, and got no verdict" if n else ""
 
 
 def _label_probabilities(vectors: np.ndarray,  # (N, D)
@@ -138,7 +179,7 @@ def _label_probabilities(vectors: np.ndarray,  # (N, D)
         return f"centroids, as {obstacle}", centroid_probabilities(vectors, y, len(labels))
     blocks = np.array_split(vectors, len(vectors) // 16384 + 1)
     among = [embedder.zero_shot(block, words, sentence, relative=True) for block in blocks]
-    return "zero-shot", np.concatenate(among)
+    return ZERO_SHOT, np.concatenate(among)
 
 # %% ../../nbs/validation/04_checks.ipynb #13aeac95
 FAR = 6.0  # robust standard deviations

@@ -239,3 +239,21 @@ def lines_at_fault(error: ValidationError,  # of the contract, whose details nam
     if isinstance(position, int): at_fault = [node.value[position] for node in at_fault]
     lines = sorted({line_of(node) for node in at_fault})
     return f"line{'s' if len(lines) > 1 else ''} {' and '.join(map(str, lines))}"
+
+# %% ../../nbs/validation/05_contract.ipynb #c0ff0002
+def contract_of(table: dict[str, Any],  # a clause under its name
+                where: str,  # it stands, for people
+                ) -> ImageSetContract:
+    """The contract that a table of a settings file states.
+
+    Raises:
+        ValidationError: a clause is unknown, or has a value that it cannot have; the error says where.
+    """
+    known = [f.name for f in fields(ImageSetContract)]
+    for name in table:
+        if name not in known:
+            raise ValidationError(f"{where}: unknown key {name!r:.80}, {spelling_hint(name, known)}", details={"key": name})
+    try:
+        return ImageSetContract(**table)
+    except ValidationError as e:
+        raise ValidationError(f"{where}: {e.message}", details=e.details, original_error=e) from e

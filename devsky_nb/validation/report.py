@@ -6,16 +6,19 @@
 __all__ = ['ValidationReport', 'check_image_set']
 
 # %% ../../nbs/validation/06_report.ipynb #ab8dd20e
-import json, os
+import base64, csv, hashlib, heapq, io, json, os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from .._core import check_choice, check_path, format_count, html_table, one_line, page_html, require, write_atomically
+from .._core import (check_choice, check_path, format_count, html_table, one_line, page_html, require,
+                     write_atomically)
 from ..embedding.embedder import ImageEmbedder
 from ..embedding.pairs import principal_axes
 from ..embedding.search import thumbnail_uri
@@ -75,6 +78,7 @@ class ValidationReport:
         self.results = results
         self.findings = findings
         self.policy = embedder.policy
+        self.contract: ImageSetContract | None = None  # None: none was given
         self.images = results["embeddings"].images
         self.left_out: list[tuple[str, str]] = []  # (path, reason) of what lies beside the images and was not read
         self.left_out_counts: dict[str, int] = {}  # by reason: how many, those included that are not named
@@ -193,6 +197,8 @@ class ValidationReport:
             "embeddings": {"count": len(embeddings), "dim": embeddings.vectors.shape[1], "fingerprint": self.fingerprint},
             "model": one_line(self.model), "ok": self.ok, "counts": self.counts,
             "statuses": [STATUSES[code] for code in self.codes.tolist()],
+            "images": [{"id": json_data(id_of(entry, i)), "path": path_text(entry), "status": self.status(i)}
+                       for i, entry in enumerate(self.images)],
             "contract": [asdict(clause) for clause in self.clauses], "findings": json_data(findings),
             "left_out": [{"path": path, "reason": reason} for path, reason in self.left_out],
             "left_out_counts": self.left_out_counts}
@@ -213,6 +219,71 @@ class ValidationReport:
             ValidationError: the file cannot be written.
         """
         return write_report(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
+
+    # %% ../../nbs/validation/06_report.ipynb #7c0e5e03
+    def _found(self) -> dict[int, list[tuple[str, str]]]:  # by position: kind, and the finding in words
+        "What was found about entries."
+        found: dict[int, list[tuple[str, str]]] = {}
+        def add(index: int, kind: str, text: str) -> None: found.setdefault(index, []).append((kind, text))
+        for error in self.results["errors"]:
+            add(error["index"], "failed", f"{failure_text(error)}. {remedy_of(error)}")
+        for group in self.findings["duplicates"]:
+            kept = self._name(group["representative"])
+            for member, how in zip(group["members"], group["how"]):
+                if member != group["representative"]: add(member, "repeats another", f"{how} copy of {kept}")
+        for wrong in self.findings["wrong_labels"]:
+            add(wrong["index"], "perhaps mislabelled", label_text(wrong))
+        for outlier in self.findings["outliers"]:
+            add(outlier["index"], "worth a look", outlier_text(outlier))
+        for warning in self.findings["warnings"]:
+            add(warning["index"], "worth a look", warning_text(warning))
+        return found
+
+    # %% ../../nbs/validation/06_report.ipynb #7c0e5e04
+    def accepted(self) -> list[dict]:  # of each its index, id, path, label and finding
+        """The entries that are ready to use: embedded, and no repeats of others.
+
+        Returns:
+            of each its index, id, path, label and finding
+        """
+        found = self._found()
+        listed = []
+        for index in np.flatnonzero(self.codes == STATUSES.index("embedded")).tolist():
+            entry = self.images[index]
+            listed.append({"index": index, "id": json_data(id_of(entry, index)), "path": path_text(entry),
+                           "label": label_of(entry),
+                           "finding": "; ".join(text for _, text in found.get(index, []))})
+        return listed
+
+    def to_accepted(self,
+                    path: str | Path,  # ends in .csv or .json; its folder is made
+                    ) -> Path:  # the path
+        """Write what is ready to use as CSV or JSON: whole, or not at all.
+
+        Args:
+            path: ends in .csv or .json; its folder is made
+
+        Returns:
+            the path
+
+        Raises:
+            ValidationError: the file ends in neither, cannot be written, or is CSV and an id is no text.
+        """
+        kind = check_path("path", path).suffix.lower()
+        if kind not in (".csv", ".json"):
+            raise ValidationError(f"{str(path)!r} must end in .csv or .json: that is what is written",
+                                  details={"path": str(path)})
+        accepted = self.accepted()
+        if kind == ".json": return write_report(path, json.dumps(accepted, indent=1, allow_nan=False) + "\n")
+        table = io.StringIO(newline="")
+        writer = csv.DictWriter(table, ("index", "id", "path", "label", "finding"))
+        writer.writeheader()
+        writer.writerows(accepted)
+        try: text = table.getvalue().encode("utf-8", "surrogateescape")  # names of files may be any bytes
+        except UnicodeEncodeError as e:
+            raise ValidationError(f"{str(path)!r} cannot hold an id that is no text: write a .json file",
+                                  details={"path": str(path)}, original_error=e) from e
+        return write_report(path, text)
 
     # %% ../../nbs/validation/06_report.ipynb #408c5f09
     @property
@@ -235,7 +306,7 @@ class ValidationReport:
     # %% ../../nbs/validation/06_report.ipynb #515241cc
     def _thumbnail(self,
                    index: int,
-                   size: int = 168,  # pixels of the longer edge
+                   size: int = 192,  # pixels of the longer edge
                    ) -> str:  # data URI; "" if there is no image
         "A small WebP of one image."
         if self.status(index) == "error": return ""
@@ -243,37 +314,83 @@ class ValidationReport:
         source = entry["image"] if entry.get("path") is None else entry["path"]
         return thumbnail_uri(source, size, self.policy)
 
+    def _thumbnails(self,
+                    sizes: dict[int, int],  # by position: pixels of the longer edge
+                    ) -> dict[int, str]:  # by position: data URIs of those that can be read
+        "Small images for a page."
+        with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as threads:
+            made = threads.map(self._thumbnail, sizes.keys(), sizes.values())
+            return {index: uri for index, uri in zip(sizes, made) if uri}
+
+    def _label(self, index: int) -> str:  # "" if it has none
+        "The label of an entry, in a short line."
+        return one_line(label_of(self.images[index]), 60)
+
     def _card(self,
               index: int,
-              thumbnails: dict[int, str],  # of this page, by position; one is added
+              thumbnails: dict[int, str],  # by position
               ) -> dict:  # index, id, label, name, alt, src
         "What a page says of one entry."
-        entry = self.images[index] if isinstance(self.images[index], dict) else {}
-        path = entry.get("path")
-        name = self._name(index)
-        label = one_line(entry.get("label") or "", 60)
-        if index not in thumbnails and len(thumbnails) < MAX_THUMBNAILS:
-            thumbnails[index] = self._thumbnail(index)
-        return {"index": index, "id": name, "label": label,
-                "name": one_line(Path(path).name, 60) if isinstance(path, (str, os.PathLike)) else "",
+        name = one_line(id_of(self.images[index], index), 120)
+        label = self._label(index)
+        file = one_line(Path(path_text(self.images[index])).name, 120)
+        return {"index": index, "id": name, "label": label, "name": file,
                 "alt": f"{name}, labelled {label}" if label else name, "src": thumbnails.get(index, "")}
 
     # %% ../../nbs/validation/06_report.ipynb #eb25f04b
     def _page(self) -> dict:  # what the template shows
         "The content of the page."
+        from jinja2.utils import htmlsafe_json_dumps
+        from markupsafe import Markup
         findings = self.findings
-        thumbnails: dict[int, str] = {}
-        return {"wrong": [self._wrong_label(w, thumbnails) for w in findings["wrong_labels"][:MAX_LISTED]],
-                "groups": [self._copies(group, thumbnails) for group in findings["duplicates"][:MAX_LISTED // 2]],
-                "odd": self._oddities(thumbnails),
+        wrong = spread(findings["wrong_labels"], lambda w: w["label"], MAX_LISTED)
+        groups = spread(findings["duplicates"], lambda g: g["kind"], MAX_LISTED // 2)
+        members = [kept_first(group)[:4] for group in groups]
+        odd = spread(self._oddities(), lambda oddity: oddity["what"], MAX_LISTED)
+        about = [*(w["index"] for w in wrong), *(m for some in members for m, _ in some), *(o["index"] for o in odd)]
+        sizes = dict.fromkeys(about, 320)
+        others = [i for i in np.flatnonzero(self.codes == 0).tolist() if i not in sizes]
+        ready = spread(others, self._label, MAX_THUMBNAILS - len(sizes))
+        thumbnails = self._thumbnails(sizes | dict.fromkeys(ready, 192))
+        entries = self._entries()
+        script = resources.files("devsky_nb").joinpath("templates", "report.js").read_text(encoding="utf-8")
+        return {"wrong": [self._wrong_label(w, thumbnails) for w in wrong],
+                "groups": [self._copies(*pair, thumbnails) for pair in zip(groups, members)],
+                "odd": [oddity | self._card(oddity["index"], thumbnails) for oddity in odd],
                 "n_odd": len(findings["warnings"]) + len(findings["outliers"]),
-                "failures": [self._failure(error) for error in self.results["errors"][:200]],
+                "failures": [self._failure(e) for e in spread(self.results["errors"], lambda e: e["reason"], MAX_LISTED)],
                 "left_out": self._left_out_rows(),
                 "notes": [self._note(note) for note in findings["notes"][:20]],
-                "gallery": [self._card(i, thumbnails) for i in np.flatnonzero(self.codes == 0)[:48].tolist()],
+                "gallery": [self._card(i, thumbnails) for i in ready if i in thumbnails],
+                "listed": len(entries), "script": Markup(script), "script_hash": script_hash(script),
+                "images_json": htmlsafe_json_dumps({"kinds": KINDS, "total": len(self.images), "images": entries},
+                                                   separators=(",", ":")),
                 "report": self, "format_count": format_count, "verdict": self.verdict, "counts": self.counts,
+                "tiles": self._tiles(),
                 "total": len(self.images), "clauses": self.clauses, "method": one_line(findings["label_method"], 160),
                 "model": one_line(self.model), "title": title_of(self.results["metadata"])}
+
+    def _tiles(self) -> list[tuple[str, int, str, str]]:  # name, count, tone, id of the section
+        "The numbers at the top."
+        counts = self.counts
+        return [("ready to use", counts["embedded"], "good", "all"),
+                ("duplicates", counts["duplicate"], "warn", "duplicates"), ("failed", counts["error"], "bad", "failed"),
+                ("suspected labels", len(self.findings["wrong_labels"]), "warn", "wrong")]
+
+    def _entries(self) -> list[list]:  # of each: id, label, path, positions in KINDS, finding
+        "The list of all images, as far as a page can hold it."
+        found = self._found()
+        rows: list[list] = []
+        size = 0
+        for index, entry in enumerate(self.images):
+            about = found.get(index, [])
+            kinds = {int(self.codes[index]), *(KINDS.index(kind) for kind, _ in about)}
+            row = [json_data(id_of(entry, index)), label_of(entry), path_text(entry), sorted(kinds),
+                   "; ".join(text for _, text in about)]
+            size += len(json.dumps(row))
+            if size > MAX_LIST_BYTES: break
+            rows.append(row)
+        return rows
 
     def _left_out_rows(self) -> list[tuple[str, int, str]]:  # reason, how many, some of them
         rows = []
@@ -286,21 +403,17 @@ class ValidationReport:
         words = {"given": one_line(wrong["label"], 60), "suggested": one_line(wrong["suggested"], 60)}
         return wrong | self._card(wrong["index"], thumbnails) | words
 
-    def _copies(self, group: dict, thumbnails: dict[int, str]) -> dict:
-        shown = list(zip(group["members"], group["how"]))[:6]
+    def _copies(self, group: dict, shown: list[tuple[int, str]], thumbnails: dict[int, str]) -> dict:
         cards = [self._card(i, thumbnails) | {"how": how} for i, how in shown]
-        return group | {"cards": cards, "more": max(0, len(group["members"]) - 6)}
+        return group | {"cards": cards, "more": len(group["members"]) - len(shown)}
 
-    def _oddities(self, thumbnails: dict[int, str]) -> list[dict]:
-        cards = []
-        for warning in self.findings["warnings"][:MAX_LISTED]:
-            words = {"what": warning["warning"], "detail": warning["limit"]}
-            cards.append(words | self._card(warning["index"], thumbnails))
-        for outlier in self.findings["outliers"][:MAX_LISTED]:
+    def _oddities(self) -> list[dict]:  # index, what, detail
+        odd = [{"index": warning["index"], "what": warning["warning"], "detail": warning["limit"]}
+               for warning in self.findings["warnings"]]
+        for outlier in self.findings["outliers"]:
             detail = f"{outlier['score']} deviations from {one_line(outlier['compared_with'], 60)}"
-            words = {"what": "outlier", "detail": detail}
-            cards.append(words | self._card(outlier["index"], thumbnails))
-        return cards
+            odd.append({"index": outlier["index"], "what": "outlier", "detail": detail})
+        return odd
 
     def _failure(self, error: dict) -> dict:
         texts = {key: one_line(value, 240) for key, value in error.items()}
@@ -329,13 +442,17 @@ class ValidationReport:
         return write_report(path, page_html("report.html", self._page()))
 
     # %% ../../nbs/validation/06_report.ipynb #9444ae09
+    def _asked(self) -> list[Clause]:
+        "The clauses that there is something to say about: without a contract, those that do not hold."
+        return [clause for clause in self.clauses if self.contract or not clause.ok]
+
     def __repr__(self) -> str:
-        lines = [f"  {'ok ' if c.ok else 'NOT'} {c.name}: {c.found}; required {c.required}" for c in self.clauses]
+        lines = [f"  {'ok ' if c.ok else 'NOT'} {c.name}: {c.found}; required {c.required}" for c in self._asked()]
         lines += [f"  {line}" for line in left_out_lines(self.left_out, self.left_out_counts)]
         return "\n".join([self.verdict, *lines])
 
     def _repr_html_(self) -> str:
-        rows = [("✓" if c.ok else "✗", c.name, c.found, c.required) for c in self.clauses]
+        rows = [("✓" if c.ok else "✗", c.name, c.found, c.required) for c in self._asked()]
         rows += [("", "left out", f"{count:,}: {some}", reason) for reason, count, some in self._left_out_rows()]
         return html_table(self.verdict, ("", "clause", "found", "required"), rows)
 
@@ -380,14 +497,14 @@ class ValidationReport:
             findings.add_row(*(text.Text(cell) for cell in row))
         tick, cross = ("✓", "✗") if console.encoding.startswith("utf") else ("ok", "NOT")
         clauses = table.Table("", "clause", "found", "required", box=box.SIMPLE_HEAD)
-        for c in self.clauses:
+        for c in self._asked():
             mark = text.Text(tick, "green") if c.ok else text.Text(cross, "bold red")
             clauses.add_row(mark, text.Text(c.name), text.Text(c.found), text.Text(c.required))
         console.print(text.Text(self.verdict, "bold"))
         if rows: console.print(findings)
         if len(rows) > max_findings:
             console.print(f"and {len(rows) - max_findings:,} more: they are in the JSON report")
-        console.print(clauses)
+        if clauses.rows: console.print(clauses)
 
     # %% ../../nbs/validation/06_report.ipynb #ca1447cf
     def plot_map(self,
@@ -496,7 +613,7 @@ def check_image_set(image_set: "dict | Sequence | str | os.PathLike",  # image s
         FileNotFoundError: there is no such folder.
     """
     if template is not None: check_template(template)
-    contract = check_contract(contract)
+    required = check_contract(contract)
     check_choice("duplicates", duplicates, DUPLICATES)
     image_set = as_image_set(image_set)
     seen = Measurements(len(images_of(image_set)), duplicates)
@@ -504,11 +621,27 @@ def check_image_set(image_set: "dict | Sequence | str | os.PathLike",  # image s
     findings = all_findings(results["embeddings"], seen, embedder, template)
     report = ValidationReport(results, findings, embedder)
     report.left_out, report.left_out_counts = left_out_of(image_set)
-    report._hold(contract, seen)
+    report.contract = contract
+    report._hold(required, seen)
     return report
 
+# %% ../../nbs/validation/06_report.ipynb #7c0e5e01
+def path_text(entry: Any) -> str:  # "" if it has none
+    "The path of an entry, as it was given."
+    path = entry.get("path") if isinstance(entry, dict) else None
+    if path is None: return ""
+    try: return os.fsdecode(path)
+    except Exception: return one_line(path, 200)  # no path at all
+
+
+def label_of(entry: Any) -> str:  # "" if it has none
+    "The label of an entry, as it was given."
+    label = entry.get("label") if isinstance(entry, dict) else None
+    if isinstance(label, str): return label
+    return "" if label is None else one_line(label, 200)
+
 # %% ../../nbs/validation/06_report.ipynb #91958719
-def write_report(path: str | Path, text: str) -> Path:  # the path
+def write_report(path: str | Path, text: str | bytes) -> Path:  # the path
     "Write a whole file or none; its folder is made."
     path = check_path("path", path)
     try:
@@ -517,9 +650,6 @@ def write_report(path: str | Path, text: str) -> Path:  # the path
         message = e.message if isinstance(e, DevSkyyError) else f"cannot write {str(path)!r}: {e}"
         raise ValidationError(message, details={"stage": "write", "path": str(path)}, original_error=e) from e
     return path
-
-# %% ../../nbs/validation/06_report.ipynb #515241cc
-MAX_THUMBNAILS = 120  # of a page
 
 # %% ../../nbs/validation/06_report.ipynb #8bea44a0
 REMEDIES = {
@@ -535,6 +665,7 @@ REMEDIES = {
     "empty": "Fetch the file again: it has no bytes.",
     "truncated": "Fetch the file again: its end is missing.",
     "unknown-format": "Export it as JPEG, PNG or WebP: the content is no image that can be read.",
+    "unsupported-kind": "Save it as RGB or grey of 8 or 16 bits: the file may be whole, and nothing here reads it.",
     "undecodable": "Export it again from the original: the data is damaged.",
     "too-many-pixels": "Scale it down, or raise max_pixels if it is trusted.",
     "too-many-bytes": "Compress it, or raise max_bytes if it is trusted.",
@@ -594,8 +725,38 @@ def title_of(metadata: Any) -> str:
             if isinstance(name, str) and name.strip(): return one_line(name)
     return "Image set"
 
+# %% ../../nbs/validation/06_report.ipynb #7c0e5e07
+T = TypeVar("T")
+
+def spread(items: Sequence[T],
+           kind_of: Callable[[T], object],
+           limit: int,
+           ) -> list[T]:  # at most `limit`, in their order
+    "Some of each kind: as many of one as of another, as long as there are any."
+    of_kind: Counter = Counter()
+    ranked = []
+    for place, item in enumerate(items):
+        kind = kind_of(item)
+        ranked.append((of_kind[kind], place))
+        of_kind[kind] += 1
+    chosen = heapq.nsmallest(limit, ranked)
+    return [items[place] for place in sorted(place for _, place in chosen)]
+
 # %% ../../nbs/validation/06_report.ipynb #eb25f04b
-MAX_LISTED = 60  # findings of a kind that a page shows
+MAX_THUMBNAILS = 400  # of a page
+MAX_LISTED = 48  # findings of a kind that a page shows above its list
+MAX_LIST_BYTES = 6_000_000  # of the list: ten thousand images take one
+KINDS = ("ready to use", "repeats another", "failed",  # as STATUSES
+         "perhaps mislabelled", "worth a look")
+
+def script_hash(script: str) -> str:
+    "How a content security policy names a script."
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+
+
+def kept_first(group: dict) -> list[tuple[int, str]]:  # position, and "kept" or what was done to it
+    "The images of a group of copies, the one that is kept before the others."
+    return sorted(zip(group["members"], group["how"]), key=lambda member: member[0] != group["representative"])
 
 # %% ../../nbs/validation/06_report.ipynb #7c0e5d17
 def principal_plane(vectors: np.ndarray,  # (N, D)

@@ -17,9 +17,11 @@ from devsky_nb.hub.settings import quantized_cache
 from devsky_nb.embedding.embedder import CLIPImageEmbedder
 from devsky_nb.errors import DevSkyyError, FileNotFoundError, MLError, ValidationError
 from devsky_nb.demo.catalogue import write_catalogue
+from devsky_nb.ui import embedding_explorer as explorer_module
 from devsky_nb.ui.embedding_explorer import MAP_SIZE, map_positions, MAX_ON_MAP
 from devsky_nb.ui.panel import Job, Panel, Stopped
-from devsky_nb.ui.validation_review import review_items
+from devsky_nb.ui.validation_review import review_items, ReviewItem
+from devsky_nb.validation.contract import ImageSetContract
 from devsky_nb.validation.report import check_image_set
 from devsky_nb.memory.plan import plan_vram
 from hubcache import make_repo
@@ -178,7 +180,7 @@ def test_without_its_library_a_widget_says_how_to_install_it():
 
 @pytest.fixture(scope="module")
 def planner():
-    p = memory_planner("sdxl-base", "8GB").wait()
+    p = memory_planner("sdxl-base", "8GB").wait(600)  # with other libraries than the packaged traces name, they are taken first
     yield p
     p.close()
 
@@ -288,21 +290,64 @@ def test_explorer_refuses_at_once(wrong):
     with pytest.raises(ValidationError): quantization_explorer(**wrong)
 
 
+def tell(look, **message): look.map._handle_custom_msg(message, [])
+
 def test_map_holds_every_image_and_leads_to_neighbours(catalogue, embedder):
     folder, _ = catalogue
     look = embedding_explorer(folder, embedder).wait()
-    assert set(look.points) == set(range(len(look.index))) and "failed" in look.account.value
-    assert all(0 <= float(p.layout.left[:-1]) <= 95
-               and 0 <= float(p.layout.top[:-1]) <= 91 for p in look.points.values())
-    look.points[3].click()
+    positions = np.frombuffer(look.map.positions, np.float32).reshape(-1, 2)
+    assert len(positions) == len(look.index) and 0 <= positions.min() and positions.max() <= 1 and "failed" in look.account.value
+    names, _ = look.index.names(np.arange(len(look.index)))
+    assert [name for _, name, _ in look.map.thumbnails] == [str(name) for name in names]
+    tell(look, choose=3)
     found = look.index.search(look.index.vectors[3], k=9)
     text = look.wait().neighbours.value
     assert f"{found.ids[0][1]}: {found.scores[0][1]:.3f}" in text and len(pixels(text)) == 9
-    assert [r for r, p in look.points.items() if "devsky-chosen" in p._dom_classes] == [3]
+    assert look.map.chosen == 3
     assert pixels(html(look))[0].size == MAP_SIZE
     scratch = Path(look.scratch.name)
     look.close()
     assert not scratch.exists()
+
+def test_what_is_in_the_loop_is_selected_and_has_its_ids(catalogue, embedder):
+    look = embedding_explorer(catalogue[0], embedder).wait()
+    names, _ = look.index.names(np.arange(len(look.index)))
+    tell(look, select=[1, 4, 10**6, -1])  # whatever a page may send
+    assert look.selected == [str(names[1]), str(names[4])] == look.ids.value.split("\n") and look.map.selected == [1, 4]
+    assert look.ids.description == "2 ids"
+    tell(look, select=[])
+    assert (look.selected, look.map.selected, look.ids.value, look.ids.description) == ([], [], "", "no ids")
+    tell(look, nothing=1)
+    tell(look, choose=10**6)
+    assert look.map.chosen == -1 and look.error is None
+    look.close()
+
+def test_words_select_what_is_nearest_to_them(catalogue, embedder):
+    look = embedding_explorer(catalogue[0], embedder).wait()
+    look.controls.words.value = "a <b>hat"
+    look.controls.words._handle_custom_msg({"event": "submit"}, [])
+    look.wait()
+    found = look.index.search(texts=["a <b>hat"], embedder=embedder, k=12)
+    assert look.selected == [str(name) for name in found.ids[0]] and look.neighbours.value.count("<figure") == 12
+    assert "<b>" not in look.neighbours.value.replace("<b>Nearest", "") and f": {found.scores[0][0]:.3f}" in look.neighbours.value
+    look.controls.words.value = ""
+    look.controls.find.click()
+    assert "no words to look for" in look.status.value
+    look.close()
+
+def test_a_large_map_has_points_for_some_and_ids_for_all_that_are_found(catalogue, embedder, monkeypatch):
+    monkeypatch.setattr(explorer_module, "MAX_POINTS", 5)
+    look = embedding_explorer(catalogue[0], embedder).wait()
+    assert len(look.map.positions) == 5 * 8 and len(look.map.thumbnails) == 5 and look.rows[-1] == len(look.index) - 1
+    look.controls.words.value = "a dress"
+    look.controls.find.click()
+    look.wait()
+    assert len(look.selected) == 12 and 0 < len(look.map.selected) <= 5
+    tell(look, choose=4)
+    assert look.wait().map.chosen == 4 and len(pixels(look.neighbours.value)) == 9
+    look.choose(1)  # of the index, and no point of the map
+    assert look.wait().map.chosen == -1 and len(pixels(look.neighbours.value)) == 9
+    look.close()
 
 def test_embedding_goes_on_where_it_was_cancelled(tmp_path, embedder):
     folder = tmp_path / "many"
@@ -317,7 +362,7 @@ def test_embedding_goes_on_where_it_was_cancelled(tmp_path, embedder):
     assert "embedding: cancelled after" in look.status.value and look.index is None
     look.controls.embed.click()
     look.wait()
-    assert len(look.index) == 300 and "of them before" in look.account.value and len(look.points) == MAX_ON_MAP
+    assert len(look.index) == 300 and "of them before" in look.account.value and len(look.map.thumbnails) == MAX_ON_MAP
     look.close()
     assert (tmp_path / "out").exists()
 
@@ -328,7 +373,7 @@ def test_folders_without_images_and_with_one(tmp_path, embedder):
     assert "no image to show" in look.status.value and "<b>shop" not in html(look)
     Image.new("RGB", (80, 60), "red").save(folder / "<script>.png")
     look.controls.embed.click()
-    look.wait().points[0].click()
+    look.wait().choose(0)
     assert "&lt;script&gt;.png" in look.wait().neighbours.value and "<script>" not in html(look)
     look.close()
 
@@ -380,9 +425,11 @@ def test_review_writes_what_was_decided_and_nothing_else(review, catalogue, tmp_
     assert review.controls.item.options[0][0].startswith("✎") and "relabelled" in review.card.value
     review.controls.kind.value = "failed"
     review.controls.leave_out.click()
-    review.controls.leave_out.click()  # and keep it after all
-    assert review.left_out == set() and "kept" in review.status.value
+    review.controls.undo.click()
+    assert review.left_out == set() and "taken back" in review.status.value
+    review.controls.keep.click()
     review.controls.leave_all_out.click()
+    assert review.kept == set() and len(review.labels) == 1
     review.controls.export.click()
     written = json.loads((tmp_path / "reviewed.json").read_text(encoding="utf-8"))
     kept = [e for i, e in enumerate(image_set["images"]) if i not in review.left_out]
@@ -403,6 +450,7 @@ def test_a_copy_is_shown_with_the_image_that_it_repeats(review):
         if item.kind != "copy": continue
         review.controls.item.value = n
         shown = review.card.value.split("<figure>")[1:]
+        assert review.card.value.startswith("<div class='devsky-pair'>") and "leave it out" in review.card.value
         assert ["<img" in figure for figure in shown] == [True, True]
         names = [review.report.images[i]["id"] for i in (item.index, partner[item.index])]
         assert [f"<b>{name}</b>" in figure for name, figure in zip(names, shown)] == [True, True]
@@ -415,10 +463,7 @@ def test_the_label_in_the_field_belongs_to_the_entry_that_is_chosen(review):
     first, second = [n for _, n in c.item.options][:2]
     c.label.value = "coat"
     c.relabel.click()
-    c.leave_out.click()  # fills the list anew: the label stays
-    assert c.label.value == "coat"
-    c.item.value = second
-    assert c.label.value == ""
+    assert (c.item.value, c.label.value) == (second, "")  # it went on
     c.relabel.click()
     assert "no label is given" in review.status.value and len(review.labels) == 1
     c.label.value = "never decided"
@@ -451,11 +496,57 @@ def test_review_writes_its_own_file_again_whole_or_not_at_all(review, tmp_path, 
     assert len(list(tmp_path.iterdir())) == 1
 
 def test_review_says_what_is_missing(review):
-    for name, told in (("relabel", "no label is given"), ("accept", "no suggestion")):
-        review.controls.kind.value, review.controls.label.value = "failed", " "
+    review.controls.label.value = " "
+    for name, told in (("relabel", "no label is given"), ("undo", "nothing is decided yet")):
         getattr(review.controls, name).click()
         assert told in review.status.value
-    assert review.labels == {}
+    review.items[review.controls.item.value] = ReviewItem("outlier", 0, "unlike dress")
+    review.controls.accept.click()
+    assert "no suggestion" in review.status.value and review.labels == {} and review.history == []
+
+def test_a_decision_leads_to_the_next_that_is_open_and_can_be_taken_back(review):
+    c = review.controls
+    places = [n for _, n in c.item.options]
+    before = [c.item.value]
+    for name in ("keep", "leave_out", "accept"):
+        getattr(c, name).click()
+        before.append(c.item.value)
+        assert review.error is None
+    assert before == places[:4] and len(review.kept | review.left_out | review.labels.keys()) == 3
+    assert f"3 of {len({item.index for item in review.items})} entries decided" in review.decided.value
+    c.item.value = places[2]
+    c.advance.value = False
+    c.keep.click()
+    assert c.item.value == places[2] and review.items[places[2]].index in review.kept
+    for place in (places[2], *reversed(places[:3])):
+        c.undo.click()
+        assert c.item.value == place
+    assert (review.kept, review.left_out, review.labels, review.history) == (set(), set(), {}, [])
+
+def test_all_of_it_is_decided_by_keys(review):
+    def press(*keys):
+        for key in keys: review.script._handle_custom_msg({"key": key}, [])
+    first = review.controls.item.value
+    press("n", "n", "p", "p")
+    assert review.controls.item.value == first
+    press("k", "u", "?", "x")
+    assert review.left_out == {review.items[first].index}
+    for _ in review.items: press("a" if review._chosen().suggestion else "k")
+    assert len(review.kept | review.left_out | review.labels.keys()) == len({item.index for item in review.items})
+    assert set(review.script.known_keys) == set("akxnpu") and list(review.script.focus_keys) == ["r"]
+
+def test_enter_in_the_field_gives_the_label(review):
+    index = review._chosen().index
+    review.controls.label.value = "coat"
+    review.controls.label._handle_custom_msg({"event": "submit"}, [])
+    assert review.labels == {index: "coat"}
+
+def test_the_verdict_of_a_review_is_in_words_and_in_a_colour(catalogue, embedder, tmp_path):
+    for contract, words, tone in ((None, "enough succeeded", "good"), (ImageSetContract(), "contract fulfilled", "good"),
+                                  (ImageSetContract(min_size=9999), "contract not fulfilled", "bad")):
+        review = validation_review(catalogue[1], embedder, contract, out=tmp_path / "r.json").wait()
+        assert f"devsky-{tone}'><b>" in review.verdict.value and f" {words}</b>" in review.verdict.value
+        review.close()
 
 def test_checking_can_be_cancelled(embedder, catalogue):
     images = [e for e in catalogue[1]["images"] if e["condition"] == "good"] * 40

@@ -198,20 +198,107 @@ def test_a_point_of_the_map_is_reached_by_tab_and_shows_its_neighbours(find, exp
     points = explorer.locator("button.devsky-point")
     expect(points.first).to_be_visible()
     assert points.count() >= 10 and points.first.get_attribute("title")
-    explorer.get_by_role("button", name="Embed").focus()
-    for _ in range(2): page.keyboard.press("Tab")  # Cancel cannot be used now, so it is passed over
+    explorer.locator(".devsky-map").first.focus()
+    for _ in range(5): page.keyboard.press("Tab")  # past the four tools
     name = page.evaluate("() => document.activeElement.title")
     page.keyboard.press("Enter")
-    expect(explorer.locator("figure")).to_have_count(10)
-    expect(explorer.locator("figcaption").nth(1)).to_have_text(name)
+    expect(explorer.locator(".devsky-cards figure")).to_have_count(9)
+    expect(explorer.locator("figcaption").first).to_have_text(name)
     expect(explorer.locator("button.devsky-chosen")).to_have_attribute("title", name)
-    chosen = explorer.locator("button.devsky-chosen").bounding_box()
-    area = explorer.locator(".devsky-map img").bounding_box()
-    left = float(re.search(r"left: ([\d.]+)%", explorer.locator("button.devsky-chosen").get_attribute("style"))[1])
-    assert abs(chosen["x"] - area["x"] - left / 100 * area["width"]) < 2
-    assert abs(chosen["width"] - .06 * area["width"]) < 2
     points.last.click()
-    expect(explorer.locator("figcaption").nth(1)).to_have_text(points.last.get_attribute("title"))
+    expect(explorer.locator("figcaption").first).to_have_text(points.last.get_attribute("title"))
+
+
+def test_a_map_is_zoomed_and_a_loop_gives_ids(find, expect, opened):
+    page, explorer = opened[0], find("Embedding explorer")
+    area, points = explorer.locator(".devsky-map").first, explorer.locator("button.devsky-point")
+    distance = "bs => Math.hypot(bs[0].offsetLeft - bs.at(-1).offsetLeft, bs[0].offsetTop - bs.at(-1).offsetTop)"
+    before = points.evaluate_all(distance)
+    explorer.get_by_role("button", name="Zoom in (+)").click()
+    assert points.evaluate_all(distance) == pytest.approx(1.5 * before, abs=3)
+    area.focus()
+    page.keyboard.press("0")
+    assert points.evaluate_all(distance) == pytest.approx(before, abs=1)
+    area.hover()
+    page.mouse.wheel(0, -300)
+    assert points.evaluate_all(distance) == pytest.approx(1.25 * before, abs=3)
+    page.keyboard.press("0")
+    page.keyboard.press("l")
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    corners = [(2, 2), (box["width"] - 90, 2), (box["width"] - 90, box["height"] - 2), (2, box["height"] - 2)]
+    page.mouse.move(box["x"] + 2, box["y"] + 2)
+    page.mouse.down()
+    for x, y in corners: page.mouse.move(box["x"] + x, box["y"] + y, steps=4)
+    page.mouse.up()
+    within = points.evaluate_all("(bs, edge) => bs.filter(b => b.offsetLeft + b.offsetWidth / 2 < edge).map(b => b.title)", box["width"] - 90)
+    ids = explorer.locator("textarea")
+    expect(ids).to_have_value("\n".join(within))
+    expect(explorer.locator("button.devsky-selected")).to_have_count(len(within))
+    expect(explorer.get_by_text(f"{len(within)} ids")).to_be_visible()
+    area.focus()
+    page.keyboard.press("Escape")
+    expect(ids).to_have_value("")
+
+
+def test_images_are_found_by_words(find, expect, opened):
+    explorer = find("Embedding explorer")
+    explorer.get_by_placeholder("a red striped dress").fill("a hat")
+    explorer.get_by_placeholder("a red striped dress").press("Enter")
+    expect(explorer.locator("button.devsky-selected")).to_have_count(12)
+    expect(explorer).to_contain_text("Nearest to 'a hat'")
+
+
+def test_progress_is_seen_only_while_something_runs(find, expect):
+    for name in PANELS:
+        panel = find(name)
+        expect(panel.locator(".progress-bar, .widget-hprogress").first).to_be_hidden()
+        expect(panel.get_by_role("button", name="Cancel", exact=True)).to_have_count(0)
+
+
+def test_a_panel_is_as_wide_as_its_cell(find, opened):
+    page = opened[0]
+    for width in (1400, 700):
+        page.set_viewport_size({"width": width, "height": 1400})
+        for name in PANELS:
+            panel = find(name)
+            cell = panel.evaluate("e => e.closest('.jp-OutputArea-output').clientWidth")
+            assert panel.bounding_box()["width"] > .95 * cell, (name, width)
+            assert panel.evaluate("e => e.scrollWidth - e.clientWidth") <= 1, (name, width)
+    page.set_viewport_size({"width": 1400, "height": 1400})
+
+
+def test_a_review_is_done_by_keys(find, expect, opened):
+    page, review = opened[0], find("Validation review")
+    decided, name = review.get_by_text(re.compile("entries decided")), review.locator(".devsky-pair b").first
+    expect(decided).to_contain_text("0 of")
+    name.click()  # anywhere in the panel
+    first = name.text_content()
+    page.keyboard.press("n")
+    expect(name).not_to_have_text(first)
+    page.keyboard.press("p")
+    expect(name).to_have_text(first)
+    page.keyboard.press("x")
+    expect(decided).to_contain_text("1 left out")
+    expect(name).not_to_have_text(first)
+    second = name.text_content()
+    page.keyboard.press("r")
+    page.keyboard.type("bag")
+    page.keyboard.press("Enter")
+    expect(decided).to_contain_text("1 relabelled")
+    page.keyboard.press("k")  # heard again: the field has lost the focus
+    expect(decided).to_contain_text("3 of")
+    for _ in range(2): page.keyboard.press("u")
+    expect(name).to_have_text(second)
+    page.keyboard.press("u")
+    expect(decided).to_contain_text("0 of")
+    page.keyboard.press("u")
+    expect(review.get_by_role("alert")).to_contain_text("nothing is decided yet")
+    labelled(review, "show").locator("select").select_option(label=review.locator("option", has_text="copies").first.inner_text())
+    pair = review.locator(".devsky-pair figure")
+    expect(pair).to_have_count(2)
+    left, right = pair.nth(0).bounding_box(), pair.nth(1).bounding_box()
+    assert abs(left["y"] - right["y"]) < 2 and right["x"] >= left["x"] + left["width"]
 
 
 def test_a_review_is_exported_and_never_over_the_source(find, expect, opened):
@@ -257,6 +344,22 @@ def test_the_timeline_is_drawn_until_it_is_stopped(find, expect):
     expect(watch).to_contain_text("over a baseline of")
 
 
+def test_a_block_shows_its_timeline_while_it_runs_and_afterwards(lab, browser, expect):
+    address, home = lab
+    write_notebook(home, "block", "import time\nfrom devsky_nb import vram_timeline",
+                   "with vram_timeline(device='cpu', refresh=.1) as timeline:\n    time.sleep(4)")
+    with open_page(browser, viewport={"width": 1000, "height": 900}) as (page, complaints):
+        open_notebook(page, address, "block")
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        panel = page.locator(".devsky", has_text="VRAM timeline")
+        expect(panel.get_by_role("button", name="Stop")).to_be_enabled()
+        expect(panel.locator("img")).to_be_visible()
+        expect(panel.get_by_role("button", name="Start")).to_be_enabled()
+        expect(panel).to_contain_text("over a baseline of")
+        expect(panel).to_have_count(1)
+        assert complaints == []
+
+
 def test_text_follows_the_theme(find, opened):
     page, colours = opened[0], {}
     for theme in ("JupyterLab Dark", "JupyterLab Light"):
@@ -295,6 +398,6 @@ def test_the_panels_in_notebook_7(lab, browser, expect):
         assert page.locator(".jp-MarkdownCell").count() == 0
         explorer = page.locator(".devsky", has_text="Embedding explorer")
         explorer.locator("button.devsky-point").last.click()
-        expect(explorer.locator("figure")).to_have_count(10)
+        expect(explorer.locator(".devsky-cards figure")).to_have_count(9)
         if out := os.environ.get("DEVSKY_SCREENSHOTS"): explorer.screenshot(path=f"{out}/notebook 7.png")
         assert [c for c in complaints if not re.search(OF_AN_EMPTY_NOTEBOOK, c)] == []

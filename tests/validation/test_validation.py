@@ -1,6 +1,5 @@
 "Validation beyond its lesson: every kind of bad entry, the sum of the account, hostile text in reports, memory, contracts."
 import gc, io, json, os, pickle, tracemalloc
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np, pytest, torch
@@ -19,9 +18,6 @@ from devsky_nb.validation.copies import MAX_DIFFERENCE, MIN_COSINE, near_pairs
 from devsky_nb.validation.contract import ImageSetContract
 from devsky_nb._core import one_line
 from devsky_nb.validation.report import REMEDIES, check_image_set, json_data
-
-SCRIPT = "<script>alert('x')</script><img src=http://evil.example/x onerror=alert(1)>"
-
 
 @pytest.fixture(scope="module")
 def tiny():
@@ -241,47 +237,6 @@ def test_the_odd_one_out_is_in_the_report(tiny):
     report = check_image_set({"images": [{"image": p} for p in images]}, tiny)
     assert [f["index"] for f in report.findings["outliers"]] == [14]
     assert report.to_dict()["findings"]["outliers"][0]["id"] == "image_14"
-
-
-class Page(HTMLParser):
-    "What a browser would load or run."
-    def __init__(self): super().__init__(); self.tags, self.sources, self.handlers, self.alts = [], [], [], []
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.sources += [v for k, v in attrs if k in ("src", "href", "srcset", "data", "action")]
-        self.handlers += [k for k, _ in attrs if k.startswith("on")]
-        if tag == "img": self.alts.append(dict(attrs).get("alt"))
-
-
-def test_html_is_inert_and_self_contained_whatever_ids_and_labels_are(tiny, tmp_path):
-    evil = [SCRIPT, "\ud800", "\x1b[31m", "\"'`{{7*7}}", "a" * 10_000]
-    entries = [{"image": make_image(i), "id": e + str(i % 2), "label": e} for i, e in enumerate(evil * 2)]
-    entries += [{"image": make_image(0), "id": f"{SCRIPT}copy", "label": SCRIPT},
-                {"path": f"/none/{SCRIPT}.jpg", "id": SCRIPT + "lost"}, {"path": "x", "id": "y", "label": 3},
-                {"image": Image.new("RGB", (8, 90)), "id": (SCRIPT, 1)}]
-    report = check_image_set({"images": entries, "metadata": {"dataset": SCRIPT}}, tiny,
-                             ImageSetContract(labels=[SCRIPT], required_fields=[SCRIPT]))
-    text = report.to_html(tmp_path / "deep" / "r.html").read_text(encoding="utf-8")
-    page = Page()
-    page.feed(text)
-    assert "script" not in page.tags and not page.handlers and "&lt;script&gt;" in text and "{{7*7}}" in text
-    assert page.sources and all(s.startswith("data:image/webp;base64,") for s in page.sources)
-    assert all(page.alts) and "@import" not in text and "url(" not in text
-    assert "<script" not in report._repr_html_() and len(text) < 300_000
-    console = Console(file=io.StringIO(), force_terminal=False, width=200)
-    report.print(console)
-    assert "\x1b" not in console.file.getvalue()
-    json.loads(report.to_json(tmp_path / "r.json").read_text(encoding="utf-8"))
-
-
-def test_the_page_of_a_large_set_stays_small(tiny, tmp_path):
-    one = make_image(0, 64)
-    shots = [one.copy() for _ in range(400)]
-    for i, s in enumerate(shots): s.putpixel((0, 0), (i % 256, i // 256, 9))
-    report = check_image_set({"images": [{"image": s} for s in shots] + [{"path": f"{i}.jpg"} for i in range(300)]}, tiny)
-    text = report.to_html(tmp_path / "r.html").read_text(encoding="utf-8")
-    assert text.count("<img") <= 120 and len(text) < 500_000 and "100 more are in the JSON report" in text
-    assert len(report.to_dict()["errors"]) == 300
 
 
 def test_reports_are_written_whole_or_not_at_all(tiny, tmp_path):
