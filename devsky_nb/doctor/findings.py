@@ -54,6 +54,7 @@ class Finding:
         edits: what `--fix` does
         file_line: line of the file as it is stored, which is another one in notebooks
         versions: of which library it speaks, such as "diffusers 0.40 and newer"; "": of all
+        excerpt: the line of code that it is about; "": there is none, or it is too long to be shown
     """
     rule: str  # code
     path: str  # "": not in a file
@@ -67,6 +68,7 @@ class Finding:
     edits: tuple[Edit, ...] = ()  # what `--fix` does
     file_line: int = 0  # line of the file as it is stored, which is another one in notebooks
     versions: str = ""  # of which library it speaks, such as "diffusers 0.40 and newer"; "": of all
+    excerpt: str = ""  # the line of code that it is about; "": there is none, or it is too long to be shown
 
     # %% ../../nbs/doctor/04_findings.ipynb #ddb2af9d
     @property
@@ -91,6 +93,32 @@ class Finding:
         where = f"{self.where}: " if self.path else ""
         if self.severity == "pass": return f"{where}{self.rule} ok: {self.message}"
         return f"{where}{self.rule} {self.severity}: {self.message}\n    {self.fix}"
+
+# %% ../../nbs/doctor/04_findings.ipynb #ec5e0002
+WIDEST_EXCERPT = 100  # characters
+
+def shown_code(line: str,
+               column: int,  # from 1
+               ) -> tuple[str, int]:  # the text, and the position in it from 0
+    "A line of code without its indentation, cut where it is too long."
+    text = line.rstrip()
+    indent = min(len(text) - len(text.lstrip()), column - 1)
+    text = "".join(c if c.isprintable() else " " for c in text[indent:])
+    at = column - 1 - indent
+    start = max(0, at - WIDEST_EXCERPT // 2) if len(text) > WIDEST_EXCERPT else 0
+    piece = text[start:start + WIDEST_EXCERPT]
+    before = "…" if start else ""
+    after = "…" if start + WIDEST_EXCERPT < len(text) else ""
+    return f"{before}{piece}{after}", at - start + len(before)
+
+def with_code(finding: Finding) -> str:
+    "A finding for a terminal, with its line of code."
+    lines = str(finding).splitlines()
+    if not finding.excerpt or finding.severity == "pass": return "\n".join(lines)
+    code, at = shown_code(finding.excerpt, finding.column)
+    number = str(finding.line)
+    excerpt = [f"    {number} | {code}", f"    {' ' * len(number)} | {' ' * at}^"]
+    return "\n".join([lines[0], *excerpt, *lines[1:]])
 
 # %% ../../nbs/doctor/04_findings.ipynb #03f1nd03
 def count_of(severity: str, n: int) -> str:
@@ -257,7 +285,7 @@ def render(findings: Findings,
     """
     check_choice("format", format, REPORT_FORMATS)
     if format == "github": return to_github(findings)
-    if format == "text": return repr(findings)
+    if format == "text": return "\n".join([*map(with_code, findings), findings.summary])
     data = findings.to_dict() if format == "json" else to_sarif(findings, rules, version)
     return json.dumps(data, indent=2)
 

@@ -195,8 +195,9 @@ def finding_of(source: SourceFile, event: Event, rule: SourceRule, hit: Hit) -> 
     start, _ = node_range(part, hit.node)
     line, column = part.editor_position(hit.node.lineno, start - part.starts[hit.node.lineno - 1])
     file_line = line_in_file(source, part, hit.node.lineno) if part.cell else line
+    code = part.lines[hit.node.lineno - 1].rstrip("\r\n")
     found = Finding(rule.code, name, line, column, part.cell, hit.message, hit.fix, severity_in(rule, source),
-                    file_line=file_line)
+                    file_line=file_line, excerpt=code if len(code) <= MAX_DIFF else "")
     if hit.change is None: return found
     diff = diff_of(f"{name}:cell {part.cell}" if part.cell else name, part, hit.change)
     edit = replace_node(part, hit.change.node, hit.change.new, hit.change.old)

@@ -214,3 +214,55 @@ def text_model(event: Event, events: Program) -> Iterator[Hit]:
             if class_names(base) == {cls} or is_text_encoder(base):
                 yield Hit(event.node, f"{cls} has no {name} any more",
                           f"Leave .{name} out: its layers are attributes of the model")
+
+# %% ../../nbs/doctor/12_rules_clip.ipynb #56a1c002
+def is_unprojected(output: Value) -> bool:
+    "Whether an output is that of the vision half of a CLIPModel, below its projection."
+    calls = [call.function for call in alternatives(output) if isinstance(call, Call)]
+    return any(isinstance(inner, Attribute) and inner.name == "vision_model" and "CLIPModel" in class_names(inner.base)
+               for inner in calls)
+
+def pooled_vision(value: Value, depth: int = 0) -> bool:
+    "Whether a value is the pooled output of a vision half, in whatever shape."
+    if depth > 20: return False
+    match value:
+        case Attribute(output, "pooler_output") | Subscript(output, Constant(1 | "pooler_output")):
+            return is_unprojected(output)
+        case Call(Attribute(base, name)) if name in KEEP_LENGTH: return pooled_vision(base, depth + 1)
+        case Attribute(base, name) if name in KEEP_LENGTH: return pooled_vision(base, depth + 1)
+        case Operation("Div", (first, *_)): return pooled_vision(first, depth + 1)
+        case Choice(options): return any(pooled_vision(option, depth + 1) for option in options)
+    return False
+
+COLLECTS = {"append", "extend", "add", "search", "index", "write", "upsert", "insert", "tolist"}
+PLAIN = {"print", "len", "list", "tuple", "float", "isinstance", "enumerate", "zip"}
+
+def is_network(function: Value) -> bool:
+    "Whether a call may do more with a vector than keep it or compare it."
+    if isinstance(function, Attribute) and function.name in COLLECTS | TENSOR_ATTRIBUTES: return False
+    return full_name(function) not in PLAIN and library_of(full_name(function)) not in ("torch", "numpy", "sklearn")
+
+def is_used_by_a_network(events: Program) -> bool:
+    "Whether a program hands the pooled output to a projection, a head or a function of its own."
+    return any(is_network(event.value.function) and any(map(pooled_vision, event.value.args))
+               for event in events if event.kind == "call" and isinstance(event.value, Call))
+
+@rule("DSK045", "unprojected-as-embedding", "warning", "CLIP", "attribute item", mentions="vision_model", wrong="""
+from transformers import CLIPModel
+model = CLIPModel.from_pretrained(folder)
+vector = model.vision_model(**inputs).pooler_output
+vector = vector / vector.norm(dim=-1, keepdim=True)
+""", right="""
+from transformers import CLIPModel
+model = CLIPModel.from_pretrained(folder)
+vector = model.visual_projection(model.vision_model(**inputs).pooler_output)
+vector = vector / vector.norm(dim=-1, keepdim=True)
+""")
+def unprojected_as_embedding(event: Event, events: Program) -> Iterator[Hit]:
+    "The pooled output of CLIP's vision half is taken before the projection, so it is not in the space CLIP was trained in."
+    match event.value:
+        case Attribute(output, "pooler_output") | Subscript(output, Constant(1 | "pooler_output")): pass
+        case _: return
+    if is_unprojected(output) and not events.fact("pooled vision", lambda: is_used_by_a_network(events)):
+        yield Hit(event.node, "the output of vision_model is taken for the CLIP embedding, and is not projected",
+                  "Take model.get_image_features(...).pooler_output, or CLIPImageEmbedder of this package")

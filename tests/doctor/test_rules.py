@@ -130,6 +130,24 @@ def test_a_configuration_is_followed_on_every_way_to_a_pipeline(way, scan):
 
 RIGHT = [
     """\
+import torch
+from transformers import CLIPModel
+clip = CLIPModel.from_pretrained(x)
+class Head(torch.nn.Module):
+    def __init__(self): self.linear = torch.nn.Linear(768, 3)
+    def forward(self, image): return self.linear(clip.vision_model(image).pooler_output)""",
+    """\
+from transformers import CLIPModel
+model = CLIPModel.from_pretrained(x)
+v = model.visual_projection(model.vision_model(image)[1])
+v = v / v.norm(dim=-1, keepdim=True)
+hidden = model.vision_model(image).last_hidden_state""",
+    """\
+from transformers import SiglipModel
+model = SiglipModel.from_pretrained(x)
+v = model.vision_model(image).pooler_output
+v = v / v.norm(dim=-1, keepdim=True)""",
+    """\
 class P:
   @classmethod
   def from_pretrained(cls, *a, **k): ...
@@ -388,6 +406,17 @@ cos(m.get_image_features(**i).pooler_output, m.get_text_features(**t).pooler_out
     ("""\
 import diffusers as d
 d.StableDiffusionXLPipeline.from_pretrained(x).text_encoder.text_model""", [("DSK044", 2)]),
+    ("""\
+from transformers import CLIPModel
+class Embedder:
+    def __init__(self): self.model = CLIPModel.from_pretrained(x)
+    def __call__(self, image): return self.model.vision_model(pixel_values=image)[1].numpy()""", [("DSK045", 4)]),
+    ("""\
+import torch.nn.functional as F
+from transformers import AutoProcessor, CLIPModel
+model = CLIPModel.from_pretrained(x).eval()
+out = model.vision_model(**inputs, return_dict=True)
+vectors.append(F.normalize(out['pooler_output'], dim=-1))""", [("DSK045", 5)]),
     ("""\
 import torch
 def f(unet): unet.enable_cache(None)""", [("DSK032", 2)]),
