@@ -1,12 +1,12 @@
-"""The front page and the links of all pages; tools/docs.py and tools/showdoc.py: pages of one name in several folders, the order
-of the sidebar, what is shown of a definition."""
-import re
+"""The front page and the links of all pages; tools/docs.py, showdoc.py and readme.py: pages of one name in several folders, the
+order of the sidebars, what is shown of a definition, in a lesson and in the reference."""
+import json, re
 from pathlib import Path
 
 import nbformat, pytest
-from nbformat.v4 import new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-import devsky_nb, showdoc
+import devsky_nb, readme, showdoc
 from devsky_nb import ImagePolicy, ImageSetContract, VramMonitor, estimate_vram
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,12 +35,29 @@ def test_links_to_files_lead_somewhere(page):
     assert [target for target, file in links(page).items() if not file.is_file()] == []
 
 
-def test_the_front_page_leads_to_every_notebook_and_names_all_that_is_public():
-    front = ROOT / "nbs" / "index.ipynb"
-    assert [str(p.relative_to(ROOT)) for p in NOTEBOOKS if p not in links(front).values() and p != front] == []
-    rows = [line.split("|") for line in prose(front).splitlines() if line.startswith("|")]
-    named = [name for row in rows for name in re.findall(r"`(\w+)`", row[2])]
-    assert sorted(named) == sorted(devsky_nb.__all__)
+def test_the_front_page_leads_to_every_guide_and_the_notebooks_page_to_every_notebook():
+    front, book = ROOT / "nbs" / "index.ipynb", ROOT / "nbs" / "notebooks.ipynb"
+    guides = {p for p in NOTEBOOKS if p.parent.name == "tutorials"}
+    assert {*guides, book, ROOT / "nbs" / "start.ipynb"} - {*links(front).values()} == set()
+    assert {*NOTEBOOKS} - {*links(book).values()} - {front, book} == set()
+
+
+def test_the_notebooks_page_names_all_that_is_public():
+    rows = [line.split("|") for line in prose(ROOT / "nbs" / "notebooks.ipynb").splitlines() if line.startswith("|")]
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[2])) == sorted(devsky_nb.__all__)
+
+
+def test_the_rates_of_the_front_page_are_those_of_the_benchmark():
+    measured = json.loads((ROOT / "benchmarks" / "embedding.json").read_text(encoding="utf-8"))
+    sides = {"devsky_nb, int8": ("devsky_nb int8", "devsky_nb auto"), "devsky_nb, fp32": ("devsky_nb", "devsky_nb fp32"),
+             "fastembed, int8": ("fastembed, int8",) * 2, "fastembed, fp32": ("fastembed",) * 2, "open_clip, fp32": ("open_clip",) * 2,
+             "sentence-transformers, fp32": ("sentence-transformers",) * 2, "plain transformers, fp32": ("document",) * 2}
+    rows = re.findall(r"^\| ([\w, -]+) \| \W*([\d.]+|–)\W* \| \W*([\d.]+)\W* \|$", prose(ROOT / "nbs" / "index.ipynb"), re.MULTILINE)
+    assert {row[0] for row in rows} == {*sides}
+    for name, *rates in rows:
+        for kind, side, rate in zip(("vnni", "avx2"), sides[name], rates):
+            found = measured[kind]["sides"].get(side)
+            assert rate == (f"{found['images_per_second']['1600x1200']['median']:.1f}" if found else "–"), (name, kind)
 
 
 @pytest.fixture
@@ -86,26 +103,67 @@ def test_two_notebooks_of_a_folder_cannot_make_one_page(docs, processed):
     with pytest.raises(SystemExit, match="two notebooks make the page hub/load.html"): docs.rename_pages(processed)
 
 
-def test_the_sidebar_shows_the_parts_in_reading_order(docs, processed):
-    assert docs.sidebar(processed)["website"]["sidebar"]["contents"] == [
-        "index.ipynb", "planner.qmd", {"section": "hub", "contents": ["hub/01_pins.ipynb", "hub/02_load.ipynb"]},
-        {"section": "images", "contents": ["images/01_load.ipynb"]}, "03_cli.ipynb",
-        {"section": "zoo", "contents": ["zoo/10_b.ipynb", "zoo/9_a.ipynb"]}]
+def test_the_sidebars_show_guides_by_task_and_parts_in_reading_order(docs, processed):
+    for name in ("review_code", "zebra", "check_a_catalogue", "practices_verified"):
+        path = processed / "tutorials" / f"{name}.ipynb"
+        path.parent.mkdir(exist_ok=True)
+        nbformat.write(new_notebook(), path)
+    start, book, reference = docs.sidebars(processed)["website"]["sidebar"]
+    guides = ["tutorials/check_a_catalogue.ipynb", "tutorials/review_code.ipynb", "tutorials/zebra.ipynb"]
+    assert start["contents"] == ["start.ipynb", {"section": "Guides", "contents": guides}, {"text": "Planner", "href": "planner.qmd"},
+                                 "tutorials/practices_verified.ipynb"]
+    def page(text, href): return {"text": text, "href": href}
+    assert book["contents"] == ["notebooks.ipynb",
+                                {"section": "Hub: get a model", "contents": [page("Pins", "hub/01_pins.ipynb"), page("Load", "hub/02_load.ipynb")]},
+                                {"section": "Images: read them", "contents": [page("Load", "images/01_load.ipynb")]},
+                                {"section": "Zoo", "contents": [page("B", "zoo/10_b.ipynb"), page("A", "zoo/9_a.ipynb")]},
+                                page("The command devsky", "03_cli.ipynb")]
+    assert reference["contents"][0] == "reference/index.qmd" and len(reference["contents"]) > 10
 
 
-def test_a_definition_is_shown_with_a_table_of_its_parameters_once():
+def test_every_public_name_has_a_page_of_the_reference_and_nothing_else_has(docs):
+    listed = docs.reference_names()
+    assert {*devsky_nb.__all__} <= {name for names in listed.values() for name in names}
+    assert listed["embedding"].index("embed_images") < listed["embedding"].index("scale_plan"), "what devsky_nb offers comes first"
+    assert not any(name.startswith("_") for names in listed.values() for name in names)
+
+
+def test_a_page_of_the_reference_says_parameters_errors_and_methods_once():
+    shown = showdoc.reference("estimate_vram")
+    assert shown.count("| `guidance` |") == 1 and "Args:" not in shown and "Raises:" not in shown
+    assert "from devsky_nb import estimate_vram" in shown and "default `'fp16'` |" in shown and "\n- [`ValidationError`](/reference/ValidationError.html): " in shown
+    assert "int \\| None" in shown and "def estimate_vram(\n    model,\n" in shown and "memory/estimate.html#estimate_vram" in shown
+    of_class = showdoc.reference("VramMonitor")
+    assert "## phase {#vrammonitor.phase}" in of_class and "devsky_nb/memory/monitor.py#L" in of_class
+    assert "from devsky_nb.images.sources import open_source" in showdoc.reference("open_source")
+
+
+def test_a_lesson_shows_what_is_called_and_leads_to_the_reference():
     shown = showdoc.Renderer(estimate_vram)._repr_markdown_()
-    assert shown.count("`guidance`") == 1 and "Args:" not in shown and "Raises:" not in shown
-    assert "### estimate_vram" in shown and "default `'fp16'` |" in shown and "\n- `ValidationError`: " in shown
-    assert "int \\| None" in shown and "def estimate_vram(\n    model,\n" in shown
-
-
-def test_fields_methods_and_decorated_methods_are_found_in_the_package():
-    shown = showdoc.Renderer(ImagePolicy)._repr_markdown_()
-    assert "| `max_pixels` | " in shown and '<a id="imagepolicy.memory_cap"></a>`memory_cap`: ' in shown
+    assert "### estimate_vram" in shown and "(/reference/estimate_vram.html)" in shown and "| `guidance` |" not in shown
     for sym, name in ((VramMonitor.phase, "VramMonitor.phase"), (ImageSetContract.from_yaml, "ImageSetContract.from_yaml")):
         rendered = showdoc.Renderer(sym)
         assert rendered.name == name and rendered.sym.__module__.startswith("devsky_nb.") and f"### {name}\n" in rendered._repr_markdown_()
+    assert '<a id="imagepolicy.memory_cap"></a>`memory_cap`: ' in showdoc.Renderer(ImagePolicy)._repr_markdown_()
+    assert showdoc.reference_page("VectorIndex.search") == "/reference/VectorIndex.html#vectorindex.search"
+
+
+@pytest.mark.parametrize("source, outputs, mark", [
+    ("test_eq(1, 1)\nfor x in y: test_fail(x)\nassert x", [], "✓ tested: 3 assertions"), ("np.testing.assert_allclose(a, b)", [], "✓ tested: 1 assertion"),
+    ("import a\n\nfrom b import (c,\n  d)", [], "imports"), ("import a\nfrom b import c", [], None), ("import a\n\n\nx = a", [], None),
+    ("test_eq(1, 1)\nx", ["1"], None), ("x = 1", [], None), ("test_it = 1", [], None), ("%%bash\nassert", [], None), ("#| echo: false\ntest_eq(1, 1)", [], None)])
+def test_assertions_that_show_nothing_and_long_imports_are_folded_under_a_mark(source, outputs, mark):
+    cell = new_code_cell(source, outputs=outputs and [new_output("execute_result", {"text/plain": "1"})])
+    showdoc.fold(cell)
+    assert cell.source == (f'#| code-fold: true\n#| code-summary: "{mark}"\n{source}' if mark else source)
+
+
+def test_badges_say_what_settings_and_workflows_say(monkeypatch, tmp_path):
+    text = readme.badges()
+    assert "devsky-nb/devsky_nb/actions/workflows/test.yml/badge.svg" in text and "python-3.11%20or%20newer" in text and "Apache--2.0" in text
+    (tmp_path / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    assert "actions" not in readme.badges() and "python" in readme.badges(), "a repository without the workflow has no badge of it"
 
 
 def test_what_is_said_of_a_parameter_is_text():

@@ -18,9 +18,8 @@ MODULES = {name.removeprefix(f"{module}."): module for module, names in INDEX["s
 
 
 class Renderer:
-    """A definition as the site shows it: signature, prose, a table of parameters, errors. It is that of the exported module,
-    where methods are in their class and comments in the docstring. A class lists the methods of its cell, so that each has a
-    place to link to."""
+    """A definition within its lesson: signature, prose, and where its parameters and errors are listed. It is that of the
+    exported module, where methods are in their class and comments in the docstring. A class lists the methods of its cell."""
     def __init__(self, sym, name=None, title_level=3):
         self.name, self.level = name or qual_name(getattr(sym, "fget", sym)), title_level
         self.sym = exported(self.name, sym)
@@ -28,17 +27,79 @@ class Renderer:
 
     def _repr_markdown_(self):
         said = sections(inspect.getdoc(self.sym) or "")
-        source = NbdevLookup().code(self.name)
-        link = f'[source]({source}){{target="_blank" style="float:right; font-size:smaller"}}' if source else ""
-        table = table_of(self.sym, said)
-        blocks = ["---", link, f"{'#' * self.level} {self.name}"]
-        blocks += [signature_of(self.sym, self.name, short=bool(table)), emphasized(said.pop("")), table]
-        if table: said = {heading: text for heading, text in said.items() if heading not in IN_TABLE}
-        blocks += [f"**{heading}**\n\n{listed(text) if heading == 'Raises' else text}" for heading, text in said.items()]
-        blocks.append("\n".join(filter(None, (member(self.sym, name) for name in self.members))))
+        table, prose = table_of(self.sym, said), said.pop("")
+        blocks = ["---", source_link(self.name), f"{'#' * self.level} {self.name}", signature_of(self.sym, self.name, short=bool(table))]
+        blocks += [emphasized(prose), "\n".join(filter(None, (member(self.sym, name) for name in self.members)))]
+        listed_there = [*["parameters"] * bool(table), *["errors"] * ("Raises" in said)]
+        if self.name in MODULES and listed_there:
+            blocks.append(f"[{' and '.join(listed_there).capitalize()}: in the reference]({reference_page(self.name)}){{.to-reference}}")
         return "\n\n".join(block for block in blocks if block)
 
     def __repr__(self): return f"{type(self).__name__}({self.name})"
+
+
+def reference_page(name: str) -> str:
+    "The page of the reference that describes `embed_images` or `VectorIndex.search`."
+    owner, _, method = name.partition(".")
+    if MODULES[name] == "devsky_nb.cli": return "/reference/devsky.html"
+    return f"/reference/{owner}.html" + (f"#{name.lower()}" if method else "")
+
+
+def source_of(name: str) -> str:
+    "The address of a definition; of what is no name, of the package's list of names."
+    cfg = get_config()
+    return NbdevLookup().code(name) or f"{cfg.git_url}/blob/{cfg.branch}/devsky_nb/__init__.pyi"
+
+
+def source_link(name: str) -> str:
+    source = NbdevLookup().code(name)
+    return f'[source]({source}){{target="_blank" .source-link}}' if source else ""
+
+
+def reference(name: str) -> str:
+    "A page of the reference, below its title and its summary: import, parameters, errors; of a class also its methods."
+    sym, module = exported(name, None), MODULES[name]
+    where = "devsky_nb" if name in public_names() else module
+    lesson = f"[{module.rpartition('.')[2].replace('_', ' ')}](/{INDEX['syms'][module][f'{module}.{name}'][0]})"
+    blocks = [f"```python\nfrom {where} import {name}\n```", f"Explained and run in the notebook {lesson} · [source]({source_of(name)})"]
+    blocks.append(described(sym, name, with_summary=False))
+    if inspect.isclass(sym):
+        methods = [member for member in MODULES if member.partition(".")[0] == name and "." in member and MODULES[member] == module]
+        for method in sorted(methods, key=lambda method: line_of(module, method)):
+            blocks += [source_link(method), f"## {method.rpartition('.')[2]} {{#{method.lower()}}}", described(exported(method, None), method)]
+    return linked("\n\n".join(block for block in blocks if block), name)
+
+
+def linked(text: str, own: str) -> str:
+    "Names between backticks as links to their pages, outside blocks of code and headings; a page does not link to itself."
+    def link(m): return f"[{m[0]}]({reference_page(m[1])})" if m[1] in MODULES and m[1] != own and distinct(m[1]) else m[0]
+    parts = re.split(r"(^```.*?^```|^#.*?$|\[`[^`]*`\]\([^)]*\))", text, flags=re.MULTILINE | re.DOTALL)
+    parts[::2] = [re.sub(r"`([\w.]+)(?:\(\))?`", link, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def described(sym, name: str, with_summary: bool = True) -> str:
+    "What a definition takes, gives, and raises."
+    said = sections(inspect.getdoc(sym) or "")
+    table, prose = table_of(sym, said), said.pop("")
+    if table: said = {heading: text for heading, text in said.items() if heading not in IN_TABLE}
+    blocks = [signature_of(sym, name, short=bool(table)), emphasized(prose) if with_summary else prose.partition("\n")[2].strip(), table]
+    blocks += [f"**{heading}**\n\n{listed(text) if heading == 'Raises' else text}" for heading, text in said.items()]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def summary(name: str) -> str:
+    "The first line of a docstring."
+    return (inspect.getdoc(exported(name, None)) or "").partition("\n")[0]
+
+
+def line_of(module: str, name: str) -> int:
+    "Where a name stands in its module."
+    return int(re.search(r"#L(\d+)$", NbdevLookup().code(name) or "#L0")[1])
+
+
+def public_names() -> list[str]:
+    return import_module("devsky_nb").__all__
 
 
 def exported(name, sym):
@@ -180,13 +241,38 @@ class in_order(Processor):
         self.nb.cells[:] = [cell for run in runs for cell in (sorted(run, key=place) if hasattr(run[0], "has_sd") else run)]
 
 
+def fold(cell):
+    "Cells that assert and show nothing are folded under a mark that says how many assertions there are; so are long imports."
+    if cell.cell_type != "code" or cell.get("outputs") or cell.source.startswith("#|"): return
+    tree = parsed(cell.source)
+    tests = sum(is_test(node) for node in ast.walk(tree))
+    only_imports = tree.body and all(isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body)
+    mark = f"✓ tested: {tests} assertion{'s' * (tests > 1)}" if tests else ""
+    if only_imports and len(cell.source.splitlines()) > 2: mark = "imports"
+    if mark: cell.source = f'#| code-fold: true\n#| code-summary: "{mark}"\n{cell.source}'
+
+
+def parsed(source: str) -> ast.Module:
+    "The syntax of a cell; of one that is no Python (a magic), nothing."
+    try: return ast.parse(source)
+    except SyntaxError: return ast.Module([], [])
+
+
+def is_test(node: ast.AST) -> bool:
+    "Whether it asserts something: `assert`, `test_eq(…)`, `test_fail(…)`, `np.testing.assert_allclose(…)`."
+    if not isinstance(node, ast.Call): return isinstance(node, ast.Assert)
+    name = ast.unparse(node.func).rpartition(".")[2]
+    return name.startswith(("test_", "assert_"))
+
+
 def site_links(cell):
     """Links of nbdev's index become links within the site, unless their name is an everyday word or stands in code; what lies
     outside nbs/ is on the repository's page."""
     cfg = get_config()
     site, repository = cfg.doc_host + cfg.doc_baseurl, f"{cfg.git_url}/blob/{cfg.branch}"
     link = re.compile(rf"\[(`[^`]+`)\]\({re.escape(site)}(/[^)]*)\)")
-    def within(text): return link.sub(lambda m: f"[{m[1]}]({m[2]})" if distinct(m[1]) else m[1], text)
+    def referred(m): return f"[{m[1]}]({reference_page(m[1].strip('`').removesuffix('()'))})" if distinct(m[1]) else m[1]
+    def within(text): return link.sub(referred, text)
     def outside(m): return m[0] if (cfg.nbs_path / m[1].partition("#")[0]).exists() else f"]({repository}/{m[1]})"
     if cell.cell_type == "markdown": cell.source = re.sub(r"\]\((?:\.\./)+([^)]+)\)", outside, within(cell.source))
     for output in cell.get("outputs", []):
@@ -198,4 +284,4 @@ def site_links(cell):
 
 def distinct(name: str) -> bool:
     "Whether a word between backticks can only mean a definition: `embed_images`, `ModelRegistry`, `Plan.save`."
-    return bool(re.search(r"[_.]|[a-z][A-Z]", name))
+    return bool(re.search(r"[_.]|[a-z][A-Z]|Error$", name.strip("`()")))
