@@ -1,4 +1,4 @@
-"""What each technique of `nbs/diffusion/15_techniques.ipynb` brings on a CPU: with and without it, in turn, in one run.
+"""What each technique of `nbs/diffusion/19_techniques.ipynb` brings on a CPU: with and without it, in turn, in one run.
 
 usage: python benchmarks/performance.py [--rounds 9] [--rows NAME ...] [--out FOLDER]
 

@@ -32,7 +32,8 @@ from .diffusion.sdxl import (
     load_sdxl_pipeline_with_quantization_v1 as load_sdxl_pipeline_with_quantization_v1,
     load_sdxl_pipeline_with_quantization_v2 as load_sdxl_pipeline_with_quantization_v2,
 )
-from .diffusion.generation import QuantizedSDXLGenerator as QuantizedSDXLGenerator
+from .diffusion.generation import PipelineGenerator as PipelineGenerator, QuantizedSDXLGenerator as QuantizedSDXLGenerator
+from .diffusion.lora import load_lora as load_lora, unload_lora as unload_lora
 from .diffusion.checkpoint import save_quantized as save_quantized, load_quantized as load_quantized
 from .diffusion.quantization import check_pipeline_call as check_pipeline_call
 from .doctor.scan import scan_source as scan_source, fix_source as fix_source

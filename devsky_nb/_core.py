@@ -324,8 +324,8 @@ def check_share(name: str, value: object) -> float:  # `value`
 # %% ../nbs/02_core.ipynb #02c0re02
 EXTRAS = {"faiss": "faiss", "usearch": "usearch", "lancedb": "lancedb", "qdrant_client": "qdrant",
           "diffusers": "diffusion", "accelerate": "diffusion", "bitsandbytes": "diffusion", "peft": "diffusion",
-          "ipywidgets": "ui", "matplotlib": "ui",
-          "ray": "ray", "torchao": "torchao", "gguf": "gguf",
+          "ipywidgets": "ui", "anywidget": "ui", "matplotlib": "ui",
+          "ray": "ray", "torchao": "torchao", "gguf": "gguf", "shtab": "completion",
           "open_clip": "open_clip", "pillow_heif": "heif", "s3fs": "remote", "gcsfs": "remote"}
 
 def require(*libraries: str) -> None:

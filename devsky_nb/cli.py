@@ -6,14 +6,17 @@
 __all__ = ['main']
 
 # %% ../nbs/03_cli.ipynb #cb549a4f
-import _thread, argparse, builtins, errno, io, json, os, signal, sys, tempfile, threading, traceback, warnings
+import _thread, argparse, builtins, errno, io, json, os, re, signal, sys, tempfile, threading, traceback, warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
+from operator import mul
 from pathlib import Path
 from typing import Any, TextIO, TYPE_CHECKING
 
 import devsky_nb
-from ._core import check_choice, name_text, parse_bytes, write_atomically
+from ._core import (check_choice, check_count, check_share, damaged, format_bytes, name_text, parse_bytes, read_text,
+                    require, write_atomically)
 from .errors import DevSkyyError, FileNotFoundError, ModelNotFoundError, ValidationError
 
 if TYPE_CHECKING:
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
     from devsky_nb.embedding.embedder import ImageEmbedder
     from devsky_nb.hub.registry import ModelRegistry
+    from devsky_nb.validation.contract import ImageSetContract
 
 # %% ../nbs/03_cli.ipynb #5712ea01
 def discard(stream: TextIO) -> None:
@@ -50,10 +54,47 @@ def streams_that_take_anything() -> Iterator[None]:
             except OSError: discard(stream)
 
 # %% ../nbs/03_cli.ipynb #82916090
+PAINT = (  # what is found in a text, and how it is shown
+    (r"(?m)^\S+:\d+:\d+(?=: DSK)", "bold"), (r"\bDSK\d+ error\b", "bold red"), (r"\bDSK\d+ warning\b", "yellow"),
+    (r"\bDSK\d+ info\b", "cyan"), (r"\bDSK\d+ ok\b", "green"), (r"(?m)^ +\| +\^$", "bold yellow"),
+    (r"(?m)^\+.*$", "green"), (r"(?m)^-.*$", "red"), (r"(?m)^@@.*$", "cyan"),  # of a diff
+    (r"\b[1-9][\d,]* failed\b", "bold red"), (r"(?m)\bin the (?:cache|package)$", "green"),
+    (r"(?m)^.*: (?:\d+ ways?, the best first|nothing fits)", "bold"), (r"(?m)^ *(?:alias|configuration) .*$", "bold"),
+    (r"^devsky: ", "bold red"))
+
+def takes_colour(stream: TextIO) -> bool:
+    "Whether a stream shows colours, as https://no-color.org and https://force-color.org have it."
+    if os.environ.get("NO_COLOR"): return False
+    return bool(os.environ.get("FORCE_COLOR")) or (stream.isatty() and os.environ.get("TERM") != "dumb")
+
+def write(text: str, stream: TextIO) -> None:
+    "Print at once, in colours where they are shown."
+    if not takes_colour(stream):
+        print(text, file=stream, flush=True)
+        return
+    from rich import console, text as rich_text
+    shown = rich_text.Text(text)
+    for pattern, style in PAINT: shown.highlight_regex(pattern, style)
+    console.Console(file=stream, force_terminal=True).print(shown, soft_wrap=True)
+    stream.flush()
+
 def say(text: str) -> None:
     "Print on standard output, at once."
+    try: write(text, sys.stdout)
+    except (BrokenPipeError, SystemExit): discard(sys.stdout)  # rich says it in its own way
+
+def say_plainly(text: str) -> None:
+    "Print what a program reads."
     try: print(text, flush=True)
     except BrokenPipeError: discard(sys.stdout)
+
+def tell(text: str) -> None:
+    "Print on standard error, where what is said beside the result goes."
+    write(text, sys.stderr)
+
+def say_json(data: Any) -> None:
+    "Print one JSON document."
+    say_plainly(json.dumps(data, indent=2, default=str))
 
 
 def emit(result: Any,  # has `to_dict`, or is a dict or a list of plain data
@@ -61,8 +102,7 @@ def emit(result: Any,  # has `to_dict`, or is a dict or a list of plain data
          ) -> None:
     "Print a result for a person or for a program."
     if as_json:
-        data = result.to_dict() if hasattr(result, "to_dict") else result
-        say(json.dumps(data, indent=2, default=str))
+        say_json(result.to_dict() if hasattr(result, "to_dict") else result)
     elif hasattr(result, "print"):
         try: result.print()
         except SystemExit: pass  # how rich says that nobody reads any more
@@ -71,6 +111,55 @@ def emit(result: Any,  # has `to_dict`, or is a dict or a list of plain data
         say("\n".join(f"{name}: {value}" for name, value in result.items()))
     else:
         say(result if isinstance(result, str) else repr(result))  # all of it, where `str` is the first line
+
+# %% ../nbs/03_cli.ipynb #e8a40001
+EXAMPLES = {  # the name of a command: calls to copy, for the end of its help
+    "": ["demo", "embed photos --out vectors --model tiny-clip", "plan sdxl-base --budget 8GB", "doctor src"],
+    "demo": ["demo", "demo --out shop --images 40"],
+    "embed": ["embed photos --out vectors", "embed spring/*.jpg autumn --out vectors --model fashion-clip",
+              "embed 'shards/{000..099}.tar' --out vectors --max-failures 1%",
+              "embed products.parquet --column front --id-column sku --out vectors",
+              "find photos -newer last-run -name '*.jpg' | devsky embed - --out new"],
+    "search": ['search vectors "a red dress"', "search vectors --image dress.jpg -k 20",
+               'search vectors "a red dress" "a blue coat" --html found.html', 'search vectors "a red dress" --json'],
+    "export": ["export vectors shop.parquet", "export vectors --to faiss shop-faiss",
+               "export vectors --to lancedb databases/shop --table images",
+               "export vectors --to qdrant http://localhost:6333 --table shop --overwrite"],
+    "validate": ["validate photos --html report.html", "validate products.csv --contract contract.yaml",
+                 "validate shop.tar --accepted accepted.csv --quiet",
+                 "validate products.parquet --id-column sku --json",
+                 "validate photos --labels-from-folders --duplicates altered"],
+    "generate": ['generate "a red dress" --model tiny-sdxl',
+                 'generate "a red dress" "a blue coat" --seed 7 --out images',
+                 'generate "a red dress" --bits 8 --steps 20 --width 768 --height 1024'],
+    "plan": ["plan sdxl-base --budget 8GB", 'plan flux1-dev --config "nf4, model offload" --card ada',
+             "plan shop/own-sdxl --budget 12GB --fetch",
+             "plan sdxl-base --budget 12GB --controlnet --ip-adapter plus --lora 16 --vae fp16-fix",
+             "plan qwen-image-edit-2509 --budget 24GB --images 2",
+             "plan wan22-ti2v-5b --budget 24GB --frames 49 --no-guidance --host-budget 32GB"],
+    "doctor": ["doctor", "doctor src --source --fix", "doctor --source --select DSK04 --format github",
+               "doctor --environment --plan sdxl-base", "doctor --source --target transformers=4.57"],
+    "models": ["models list", "models prefetch clip-vit-base", "models verify clip-vit-base"],
+    "models list": ["models list", "models list --json"],
+    "models prefetch": ["models prefetch clip-vit-base", "models prefetch sdxl-base --max-bytes 20GB",
+                        "models prefetch openai/clip-vit-base-patch32 --revision main"],
+    "models verify": ["models verify clip-vit-base"],
+    "cache": ["cache report", "cache verify", "cache evict --max-size 50GB"],
+    "cache report": ["cache report", "cache report --cache-dir /mnt/models/hub"],
+    "cache verify": ["cache verify", "cache verify openai/clip-vit-base-patch32"],
+    "cache evict": ["cache evict --max-size 50GB",
+                    "cache evict --unused-days 90 --keep stabilityai/sdxl-turbo --execute"],
+    "cache pin": ["cache pin openai/clip-vit-base-patch32 main production"],
+    "cache unpin": ["cache unpin openai/clip-vit-base-patch32 production"],
+    "completion": ["completion bash > ~/.local/share/bash-completion/completions/devsky",
+                   "completion zsh > ~/.zfunc/_devsky", "completion fish > ~/.config/fish/completions/devsky.fish"]}
+
+def add_examples(parser: argparse.ArgumentParser) -> None:
+    "Calls to copy, at the end of the help."
+    lines = EXAMPLES.get(parser.prog.removeprefix("devsky").strip(), [])
+    if not lines: return
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "examples:\n" + "\n".join(f"  {line}" if "|" in line else f"  devsky {line}" for line in lines)
 
 # %% ../nbs/03_cli.ipynb #15c10003
 Command = Callable[[argparse.Namespace], int]  # returns the exit status
@@ -91,23 +180,28 @@ def add_action(actions: "argparse._SubParsersAction[argparse.ArgumentParser]",
                ) -> argparse.ArgumentParser:
     "A command that does something, with the options that all have."
     parser = actions.add_parser(name, help=help, description=help[0].upper() + help[1:] + ".")
+    add_examples(parser)
     parser.add_argument("--json", action="store_true", help="one JSON document on standard output")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     add_debug(parser, argparse.SUPPRESS)
+    parser.set_defaults(parser=parser)
     return parser
 
-def add_examples(parser: argparse.ArgumentParser, *lines: str) -> None:
-    "Calls to copy, at the end of the help."
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "examples:\n" + "\n".join(f"  {line}" for line in lines)
+def count(minimum: int = 1) -> Callable[[str], int]:
+    "A reader of whole numbers."
+    def read(text: str) -> int:
+        try: return check_count("number", int(text), minimum)
+        except ValueError: pass  # of int, or of ours
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no whole number of at least {minimum}")
+    return read
 
 def parse_arguments(parser: argparse.ArgumentParser,
                     argv: list[str] | None,
                     ) -> argparse.Namespace:
     "Parse, and take words behind an option as words too: before Python 3.12 argparse loses those of `nargs='*'`."
     args, rest = parser.parse_known_args(argv)
-    words = getattr(args, "text", None)
     if not rest: return args
+    words = getattr(args, "text", getattr(args, "source", None))
     if isinstance(words, list) and not any(word.startswith("-") for word in rest): words += rest
     else: parser.error(f"unrecognized arguments: {' '.join(rest)}")
     return args
@@ -121,13 +215,17 @@ def make_parser() -> argparse.ArgumentParser:
     "The parser of `devsky`."
     about = "Hugging Face models in production: embed, validate, generate, and keep models in order."
     parser = argparse.ArgumentParser("devsky", description=about)
+    add_examples(parser)
     parser.add_argument("--version", action="version", version=devsky_nb.__version__)
     add_debug(parser, os.environ.get("DEVSKY_DEBUG", "") not in ("", "0"))
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (function, options, has_actions) in COMMANDS.items():
         text = function.__doc__ or ""
         help = text[0].lower() + text[1:].rstrip(".")
-        if has_actions: options(commands.add_parser(name, help=help, description=text))
+        if has_actions:
+            parser_of_actions = commands.add_parser(name, help=help, description=text)
+            add_examples(parser_of_actions)
+            options(parser_of_actions)
         else: options(add_action(commands, name, help))
     return parser
 
@@ -156,12 +254,27 @@ def on_one_line(text: str) -> str:
     words = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
+OTHER_NAMES = {"num_inference_steps": "--steps", "guidance_scale": "--guidance"}  # than that of the argument
+OTHER_WORDS = {"resume=False": "--anew"}
+
+def as_options(text: str, args: argparse.Namespace) -> str:
+    "A message with the arguments of Python under the names that they have on a command line."
+    known = {action.dest: action.option_strings[-1] for action in args.parser._actions if action.option_strings}
+    for word, option in OTHER_WORDS.items():
+        if option in known.values(): text = text.replace(word, option)
+    known |= {name: option for name, option in OTHER_NAMES.items() if option in known.values()}
+    names = "|".join(known)
+    text = re.sub(rf"^({names})(?=: )", lambda found: known[found[1]], text)
+    before = r"(?<![\w./'\"-])"  # no part of a path, nor of another word
+    text = re.sub(rf"{before}({names})=(?:True\b|(?=[\s,;)]))", lambda found: known[found[1]], text)
+    return re.sub(rf"{before}({names})=(?!False\b)", lambda found: f"{known[found[1]]}=", text)
+
 def fail(error: Exception, args: argparse.Namespace) -> int:  # the exit status
     "Report an error."
     told = as_error(error)
     if args.debug: traceback.print_exception(error)
-    print(f"devsky: {on_one_line(str(told))}", file=sys.stderr, flush=True)
-    if args.json: say(json.dumps({"error": told.to_dict()}, indent=2, default=str))
+    tell(f"devsky: {as_options(on_one_line(str(told)), args)}")
+    if args.json: say_json({"error": told.to_dict()})
     return exit_status(error)
 
 # %% ../nbs/03_cli.ipynb #5712ea04
@@ -261,11 +374,46 @@ def check_place(option: str,  # that named it
         raise ValidationError(f"{option}={name_text(path)!r} cannot be written: {why}. Name another place",
                               details={"path": str(path)}, original_error=e) from e
 
+# %% ../nbs/03_cli.ipynb #50e77001
+SECTIONS = {"doctor": ("select", "ignore", "target"), "contract": ()}  # keys with lists of texts; (): others
+
+def project_settings(section: str,  # of `SECTIONS`
+                     start: Path = Path("."),
+                     ) -> tuple[Path, dict[str, Any]]:  # the file, and what it says; {}: nothing
+    "What the nearest pyproject.toml with a table [tool.devsky] says."
+    place = start.absolute()
+    for folder in (place, *place.parents):
+        file = folder / "pyproject.toml"
+        if not os.path.lexists(file): continue
+        stated = settings_in(file)
+        if stated is None: continue
+        return file, stated.get(section, {})
+    return place, {}
+
+def settings_in(file: Path) -> dict[str, dict[str, Any]] | None:  # None: it has no table of ours
+    "The tables [tool.devsky.…] of a pyproject.toml."
+    import tomllib
+    remedy = "Write [tool.devsky.doctor] or [tool.devsky.contract]"
+    try: content = tomllib.loads(read_text(file, 2**20, remedy, ValidationError))
+    except tomllib.TOMLDecodeError as e:
+        raise damaged(file, f"it is no TOML: {e}", "Mend that line", ValidationError) from e
+    stated = content.get("tool", {}).get("devsky") if isinstance(content.get("tool", {}), dict) else None
+    if stated is None: return None
+    for name, table in stated.items() if isinstance(stated, dict) else [("devsky", stated)]:
+        if name not in SECTIONS or not isinstance(table, dict):
+            raise damaged(file, f"[tool.devsky.{name}] is no section of ours", remedy, ValidationError)
+        keys = SECTIONS[name]
+        for key, value in table.items() if keys else ():
+            if key in keys and isinstance(value, list) and all(isinstance(word, str) for word in value): continue
+            expected = f"a list of texts under {', '.join(keys)}"
+            raise damaged(file, f"[tool.devsky.{name}] {key} = {value!r:.60}: expected {expected}", remedy, ValidationError)
+    return stated
+
 # %% ../nbs/03_cli.ipynb #15c10008
 def demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=file_path, default=Path("demo"), metavar="DIR",
                         help="where to write (default: %(default)s)")
-    parser.add_argument("--images", type=int, default=24, metavar="N",
+    parser.add_argument("--images", type=count(14), default=24, metavar="N",
                         help="files in the catalogue, at least 14 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
 
@@ -301,10 +449,39 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", default="clip-vit-base", metavar="NAME",
                         help="alias, Hub id or folder; tiny-clip is always there (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
-    parser.add_argument("--batch-size", type=int, metavar="N",
+    parser.add_argument("--batch-size", type=count(), metavar="N",
                         help="images per run of the model (default: 32 on a CPU, 128 on a GPU)")
     parser.add_argument("--root", type=file_path, metavar="DIR", help="refuse images outside this folder")
     add_hub_options(parser)
+
+def file_names(text: str) -> str:
+    "A source on the command line: a path, a pattern, an address, or '-'."
+    if text: return text
+    raise argparse.ArgumentTypeError("an empty path: is a variable not set? The current folder is '.'")
+
+def add_source(parser: argparse.ArgumentParser, kinds: str) -> None:
+    "What every command takes that reads images."
+    parser.add_argument("source", metavar="SOURCE", nargs="+", type=file_names, help=kinds)
+    parser.add_argument("--column", metavar="NAME",
+                        help="of a table or list: where images, paths or addresses are (default: found)")
+    parser.add_argument("--id-column", metavar="NAME",
+                        help="of a table or list: unique ids (default: 'id' of a list; else file and row)")
+
+def names_on_standard_input() -> list[str]:
+    "Paths, one a line, or with a zero byte between them as `find -print0` writes."
+    if sys.stdin.isatty(): tell("reading paths from standard input, one a line")
+    raw = getattr(sys.stdin, "buffer", None)
+    data = raw.read() if raw is not None else os.fsencode(sys.stdin.read())
+    names = data.split(b"\0") if b"\0" in data else [line.rstrip(b"\r") for line in data.split(b"\n")]
+    found = [os.fsdecode(name) for name in names if name.strip()]
+    if found: return found
+    raise ValidationError("standard input lists no images: write one path in each line")
+
+def from_standard_input(args: argparse.Namespace) -> bool:
+    "Whether the images are listed on standard input."
+    if "-" not in args.source: return False
+    if len(args.source) == 1: return True
+    raise ValidationError("'-' is the list on standard input: give it alone, or the files by name")
 
 def make_embedder(args: argparse.Namespace, **kwargs: Any) -> "ImageEmbedder":
     "The embedder that the options describe."
@@ -313,29 +490,39 @@ def make_embedder(args: argparse.Namespace, **kwargs: Any) -> "ImageEmbedder":
                                    revision=args.revision, policy=policy, **kwargs)
 
 # %% ../nbs/03_cli.ipynb #15c10009
+def failure_limit(text: str) -> Callable[[int], float]:  # of all images: how many may fail
+    "A number of images, or a share of all of them."
+    try:
+        if text.endswith("%"): return partial(mul, check_share("share", float(text[:-1]) / 100))
+        number = check_count("number", int(text), 0)
+        return lambda total: number
+    except ValueError: pass  # of int and float, or of ours
+    raise argparse.ArgumentTypeError(f"{text!r:.60}: expected a number of images such as 10, or a share such as 1%")
+
 def embed_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", metavar="SOURCE",
-                        help="folder of images, of tar or ZIP files, or of Parquet files; one such file; a list (.json, "
-                             ".jsonl, .csv, .tsv, .txt); a pattern such as 'shards/{000..099}.tar'; or the address of "
-                             "one of these: https://, hf://, s3://, gs:// …")
+    add_source(parser, "folder of images, of tar or ZIP files, or of Parquet files; one such file; a list (.json, .jsonl, "
+                       ".csv, .tsv, .txt); a pattern such as 'shards/{000..099}.tar'; the address of one of these "
+                       "(https://, hf://, s3://, gs:// …); several of them; or - for a list of paths on standard input")
     parser.add_argument("--out", type=file_path, required=True, metavar="DIR",
                         help="folder for the Parquet files; what an earlier run left there is used again")
     parser.add_argument("--anew", action="store_true", help="use nothing of an earlier run, and replace it")
     parser.add_argument("--prune", action="store_true",
                         help="remove the rows of images that SOURCE has no more, also if they are most of DIR")
-    parser.add_argument("--engine", default="local", help="local or ray (default: %(default)s)")
-    parser.add_argument("--shard-rows", type=int, default=10_000, metavar="N",
+    parser.add_argument("--max-failures", type=failure_limit, metavar="N",
+                        help="end with status 1 if more images fail: a number such as 10, or a share such as 1%%")
+    parser.add_argument("--engine", choices=("local", "ray"), default="local",
+                        help="this process, or a Ray cluster (default: %(default)s)")
+    parser.add_argument("--shard-rows", type=count(), default=10_000, metavar="N",
                         help="rows per file (default: %(default)s)")
-    parser.add_argument("--dtype", default="float32", help="of the vectors: float32 or float16 (default: %(default)s)")
-    parser.add_argument("--column", metavar="NAME", help="of a table or list: where images, paths or addresses are (default: found)")
-    parser.add_argument("--id-column", metavar="NAME", help="of a table or list: unique ids (default: 'id' of a list; else file and row)")
-    parser.add_argument("--output", help="projected, pooled, cls or mean, of those that the model has "
-                                         "(default: what such a model is searched with)")
-    parser.add_argument("--precision", default="auto",
-                        help="fp32, int8, bf16, fp16, or auto: fp32 for fewer than 1,000 images; for more, int8 (bf16 "
-                             "or fp16 on a GPU) if a sample shows that it is faithful (default: %(default)s)")
-    parser.add_argument("--backend", help="onnxruntime or torch (default: onnxruntime on a CPU, where the network can be "
-                                          "written down for it; else torch)")
+    parser.add_argument("--dtype", choices=("float32", "float16"), default="float32",
+                        help="of the vectors (default: %(default)s)")
+    parser.add_argument("--output", choices=("projected", "pooled", "cls", "mean"),
+                        help="which vector, of those that the model has (default: what such a model is searched with)")
+    parser.add_argument("--precision", choices=("auto", "fp32", "int8", "bf16", "fp16"), default="auto",
+                        help="auto: fp32 for fewer than 1,000 images; for more, int8 (bf16 or fp16 on a GPU) if a sample "
+                             "shows that it is faithful (default: %(default)s)")
+    parser.add_argument("--backend", choices=("onnxruntime", "torch"),
+                        help="(default: onnxruntime on a CPU, where the network can be written down for it; else torch)")
     add_model_options(parser)
 
 # %% ../nbs/03_cli.ipynb #b94db28b
@@ -343,16 +530,20 @@ def embed_options(parser: argparse.ArgumentParser) -> None:
 def embed(args: argparse.Namespace) -> int:
     "Embed images into Parquet; run again to resume, or to follow a source that changed."
     from devsky_nb.embedding.ray import RayEngine
-    from devsky_nb.images.sources import open_source
-    engine = RayEngine() if check_choice("engine", args.engine, ("local", "ray")) == "ray" else "local"
+    from devsky_nb.images.sources import open_source, open_sources
+    engine = RayEngine() if args.engine == "ray" else "local"
     check_place("--out", args.out, is_folder=True)
-    source = open_source(args.source, args.column, args.id_column)
+    if from_standard_input(args): source = open_source(names_on_standard_input(), args.column, args.id_column)
+    else: source = open_sources(args.source, args.column, args.id_column)
     embedder = make_embedder(args, output=args.output, precision=args.precision, backend=args.backend)
     with redirect_stdout(sys.stderr):  # Ray says there what happens to its workers
         report = devsky_nb.embed_images(source, args.out, embedder, resume=not args.anew, prune=args.prune, engine=engine,
                                         batch_size=args.batch_size, shard_rows=args.shard_rows, dtype=args.dtype,
                                         progress=not args.quiet)
     emit(report, args.json)
+    if args.max_failures and report.error > args.max_failures(report.total):
+        tell(f"{report.error:,} of {report.total:,} images failed: more than --max-failures allows")
+        return 1
     return 0 if report.embedded else 1
 
 # %% ../nbs/03_cli.ipynb #086bf298
@@ -361,15 +552,12 @@ def search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="*", metavar="TEXT", help="what to look for, in words; several are several questions")
     parser.add_argument("--image", action="append", default=[], type=file_path, metavar="FILE",
                         help="look for images like this one; may be given again")
-    parser.add_argument("-k", type=int, metavar="N", help="answers to each question (default: 10)")
+    parser.add_argument("-k", type=count(), metavar="N", help="answers to each question (default: 10)")
     parser.add_argument("--html", type=file_path, metavar="PAGE", help="write the answers as one page with thumbnails")
     parser.add_argument("--model", metavar="NAME", help="alias, Hub id or folder (default: the one that made OUT)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     parser.add_argument("--root", type=file_path, metavar="DIR", help="show no images outside this folder")
     add_hub_options(parser)
-    add_examples(parser, 'devsky search vectors "a red dress"', "devsky search vectors --image dress.jpg -k 20",
-                 'devsky search vectors "a red dress" "a blue coat" --html found.html',
-                 'devsky search vectors "a red dress" --json')
 
 # %% ../nbs/03_cli.ipynb #de256356
 @command(search_options)
@@ -390,16 +578,13 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=file_path, metavar="OUT", help="folder that devsky embed wrote")
     parser.add_argument("dest", metavar="DEST",
                         help="where to write: a file for parquet, else a folder, or the URL of a Qdrant server")
-    parser.add_argument("--to", default="parquet", metavar="FORMAT",
-                        help="parquet, faiss, usearch, lancedb or qdrant (default: %(default)s)")
-    parser.add_argument("--copies", default="listed", metavar="HOW",
+    parser.add_argument("--to", choices=("parquet", "faiss", "usearch", "lancedb", "qdrant"), default="parquet",
+                        help="format or engine (default: %(default)s)")
+    parser.add_argument("--copies", choices=("listed", "repeated"), default="listed",
                         help="copies of an image: listed in its row, or repeated as rows (default: %(default)s)")
     parser.add_argument("--table", default="images", metavar="NAME",
                         help="in a database: of the table or collection (default: %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    add_examples(parser, "devsky export vectors shop.parquet", "devsky export vectors --to faiss shop-faiss",
-                 "devsky export vectors --to lancedb databases/shop --table images",
-                 "devsky export vectors --to qdrant http://localhost:6333 --table shop --overwrite")
 
 @command(export_options)
 def export(args: argparse.Namespace) -> int:
@@ -411,101 +596,140 @@ def export(args: argparse.Namespace) -> int:
 
 # %% ../nbs/03_cli.ipynb #15c1000c
 def validate_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=file_path, metavar="SOURCE",
-                        help="folder of images, or a list of them: .json, .jsonl, .csv, .tsv or .txt")
-    parser.add_argument("--contract", type=file_path, metavar="YAML", help="what the set must fulfil")
+    add_source(parser, "folder of images, or of archives; a tar, a ZIP, a Parquet file; a list: .json, .jsonl, .csv, .tsv "
+                       "or .txt; a pattern; several of them; or - for a list of paths on standard input")
+    parser.add_argument("--contract", type=file_path, metavar="YAML",
+                        help="what the set must fulfil (default: [tool.devsky.contract] of pyproject.toml, if it is there)")
     parser.add_argument("--labels-from-folders", action="store_true",
                         help="label each image with the name of its folder")
     parser.add_argument("--duplicates", choices=("exact", "near", "altered"), default="near",
                         help="equal pixels; resized or saved again too; mirrored, rotated, cropped too (default: near)")
     parser.add_argument("--html", type=file_path, metavar="FILE", help="write the report as one self-contained page")
     parser.add_argument("--report", type=file_path, metavar="FILE", help="write the report as JSON")
+    parser.add_argument("--accepted", type=table_path, metavar="FILE",
+                        help="write what is ready to use: a .csv or .json of ids, paths and labels")
     add_model_options(parser)
+
+def table_path(text: str) -> Path:
+    "The path of a table that is to be written."
+    if file_path(text).suffix.lower() in (".csv", ".json"): return Path(text)
+    raise argparse.ArgumentTypeError(f"{text!r:.200} must end in .csv or .json")
 
 # %% ../nbs/03_cli.ipynb #182b587b
 @command(validate_options)
 def validate(args: argparse.Namespace) -> int:
     "Check a set of images: broken files, duplicates, labels, a contract."
     from devsky_nb.images.image_sets import read_image_set
-    for option, path in ("--html", args.html), ("--report", args.report):
+    for option, path in ("--html", args.html), ("--report", args.report), ("--accepted", args.accepted):
         if path: check_place(option, path, is_folder=False)
-    contract = devsky_nb.ImageSetContract.from_yaml(args.contract) if args.contract else None
-    image_set = read_image_set(args.source, args.labels_from_folders)
+    contract = devsky_nb.ImageSetContract.from_yaml(args.contract) if args.contract else contract_of_project()
+    image_set: dict[str, Any]
+    if from_standard_input(args):
+        image_set = {"images": [{"id": name, "path": name} for name in names_on_standard_input()]}
+    else:
+        image_set = read_image_set(args.source, args.labels_from_folders, args.column, args.id_column)
     report = devsky_nb.check_image_set(image_set, make_embedder(args), contract, batch_size=args.batch_size,
                                        progress=not args.quiet, duplicates=args.duplicates)
     if args.html: report.to_html(args.html)
     if args.report: report.to_json(args.report)
+    if args.accepted: report.to_accepted(args.accepted)
     emit(report, args.json)
+    method = report.findings["label_method"]
+    if "trained on" in method and not args.json: tell(f"labels: {method}")
     return 0 if report.ok else 1
 
+def contract_of_project() -> "ImageSetContract | None":
+    "The contract that the project states, where it states one."
+    from devsky_nb.validation.contract import contract_of
+    file, stated = project_settings("contract")
+    if not stated: return None
+    tell(f"contract: [tool.devsky.contract] of {name_text(file)}")
+    return contract_of(stated, f"[tool.devsky.contract] of {name_text(file)!r}")
+
 # %% ../nbs/03_cli.ipynb #15c1000f
+QUANTIZE = ("nf4-dq", "nf4", "fp4-dq", "fp4", "int8", "int4", "fp8", "none")
+BITS = {"4": "nf4-dq", "8": "int8", "none": "none"}
+
 def generate_options(parser: argparse.ArgumentParser) -> None:
+    own = "(default: the model's own)"
     parser.add_argument("prompt", nargs="+", help="what to draw; several give several images")
     parser.add_argument("--out", type=file_path, default=Path("images"), metavar="DIR",
                         help="folder for the images (default: %(default)s)")
     parser.add_argument("--model", default="sdxl-base", metavar="NAME",
-                        help="alias, Hub id or folder; tiny-sdxl is always there (default: %(default)s)")
-    parser.add_argument("--bits", choices=("4", "8", "none"), default="4", help="quantization (default: %(default)s)")
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw")
-    parser.add_argument("--steps", type=int, default=30, metavar="N", help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=7.5, metavar="X",
-                        help="faithfulness to the prompt (default: %(default)s)")
-    parser.add_argument("--width", type=int, metavar="PX", help="multiple of 64 (default: the model's own)")
-    parser.add_argument("--height", type=int, metavar="PX", help="multiple of 64 (default: the model's own)")
+                        help="alias, Hub id or folder of any pipeline that draws images; tiny-sdxl is always there "
+                             "(default: %(default)s)")
+    parser.add_argument("--quantize", choices=QUANTIZE, help="format of the weights (default: nf4-dq)")
+    parser.add_argument("--backend", choices=("bitsandbytes", "torchao", "layerwise"), default="bitsandbytes",
+                        help="what quantizes (default: %(default)s)")
+    parser.add_argument("--bits", choices=tuple(BITS), help="in short: 4 for nf4-dq, 8 for int8, none")
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what not to draw, where the model takes that")
+    parser.add_argument("--steps", type=int, metavar="N", help=f"denoising steps {own}")
+    parser.add_argument("--guidance", type=float, metavar="X", help=f"faithfulness to the prompt {own}")
+    parser.add_argument("--true-cfg", type=float, metavar="X",
+                        help=f"the same with a negative prompt, for FLUX and Qwen-Image {own}")
+    parser.add_argument("--image", type=file_path, metavar="FILE", help="image to begin with")
+    parser.add_argument("--mask", type=file_path, metavar="FILE", help="image of its size, white where to draw")
+    parser.add_argument("--strength", type=float, metavar="X", help=f"how much of the image to draw anew, 0 to 1 {own}")
+    parser.add_argument("--width", type=int, metavar="PX", help=f"pixels {own}")
+    parser.add_argument("--height", type=int, metavar="PX", help=f"pixels {own}")
     parser.add_argument("--seed", type=int, help="of the first image; the next has the next (default: drawn)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N",
                         help="images at a time (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add_hub_options(parser)
 
+def quantize_as(args: argparse.Namespace) -> str | None:
+    "The format that was asked for; None: none."
+    if args.bits and args.quantize:
+        raise ValidationError("--bits is short for --quantize: give one of them", details={"bits": args.bits})
+    asked = args.quantize or BITS[args.bits or "4"]
+    if args.quantize is None and args.bits is None and args.backend != "bitsandbytes":
+        raise ValidationError(f"--backend {args.backend} needs --quantize, such as fp8", details={"backend": args.backend})
+    return None if asked == "none" else asked
+
 # %% ../nbs/03_cli.ipynb #624ce848
 @command(generate_options)
 def generate(args: argparse.Namespace) -> int:
-    "Draw images with SDXL, quantized to 4 bits unless said otherwise."
+    "Draw images with SDXL, FLUX or another pipeline, quantized to 4 bits unless said otherwise."
     if args.out.suffix:
         raise ValidationError(f"--out={str(args.out)!r} names a file: name a folder", details={"out": str(args.out)})
     check_place("--out", args.out, is_folder=True)
+    quantize = quantize_as(args)
+    check_count("--batch-size", args.batch_size, 1, 64)
     prompts = [name_text(prompt) for prompt in args.prompt]  # an argument is bytes, as a file's name is
+    negative = None if args.negative_prompt is None else name_text(args.negative_prompt)
     seeds = None if args.seed is None else [args.seed + i for i in range(len(prompts))]
+    asked: dict[str, Any] = {"seeds": seeds, "negative_prompt": negative, "num_inference_steps": args.steps,
+                             "guidance_scale": args.guidance, "true_cfg_scale": args.true_cfg, "width": args.width,
+                             "height": args.height, "strength": args.strength}
+    for name, path in (("image", args.image), ("mask_image", args.mask)):
+        if path is not None: asked[name], _ = devsky_nb.load_image(path)
+    hub: dict[str, Any] = {"cache_dir": args.cache_dir, "offline": args.offline, "revision": args.revision}
+    devsky_nb.PipelineGenerator.check(args.model, prompts, **asked, **hub)
     files = []
-    with devsky_nb.QuantizedSDXLGenerator(args.model, args.bits != "none", args.bits == "4", args.device,
-                                          cache_dir=args.cache_dir, offline=args.offline,
-                                          revision=args.revision) as generator:
-        negative = None if args.negative_prompt is None else name_text(args.negative_prompt)
-        stream = generator.generate_stream(prompts, seeds=seeds, batch_size=args.batch_size,
-                                           progress=not args.quiet, negative_prompt=negative,
-                                           num_inference_steps=args.steps, guidance_scale=args.guidance,
-                                           width=args.width, height=args.height)
+    with devsky_nb.PipelineGenerator(args.model, quantize, args.backend, args.device, **hub) as generator:
+        stream = generator.generate_stream(prompts, batch_size=args.batch_size, progress=not args.quiet, **asked)
         for number, image in enumerate(stream, 1):
             path = args.out / f"{number:03}-{image.info['seed']}.png"
             write_atomically(path, lambda file: image.save(file, "PNG"))
             files.append({"path": str(path), "prompt": image.info["prompt"]})
             if not args.json: say(f"{path}  {image.info['prompt']}")
-        if args.json: emit({"files": files, "load": generator.pipeline.load_report.to_dict()}, True)
+        report = getattr(generator.pipeline, "load_report", None)
+        if args.json: emit({"files": files, "load": report and report.to_dict()}, True)
     return 0
 
 # %% ../nbs/03_cli.ipynb #15c10010
-PLAN_EXAMPLES = """examples:
-  devsky plan sdxl-base --budget 8GB
-  devsky plan flux1-dev --config "nf4, model offload" --card ada
-  devsky plan sdxl-base --budget 12GB --controlnet --ip-adapter plus --lora 16 --vae fp16-fix
-  devsky plan qwen-image-edit-2509 --budget 24GB --images 2
-  devsky plan wan22-ti2v-5b --budget 24GB --frames 49 --no-guidance --host-budget 32GB
-"""
-
 def plan_options(parser: argparse.ArgumentParser) -> None:
-    parser.epilog = PLAN_EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("model", metavar="NAME", help="alias such as sdxl-base, Hub id, or folder; weights are not needed")
     parser.add_argument("--budget", metavar="SIZE",
                         help="memory that PyTorch may take: 8GB (8·10⁹ bytes) or 7.5GiB (7.5·2³⁰)")
     parser.add_argument("--config", metavar="WORDS",
                         help="answer for this configuration alone, with or without a budget: 'nf4, model offload'")
     parser.add_argument("--host-budget", metavar="SIZE", help="main memory for weights, as --budget (default: no limit)")
-    parser.add_argument("--width", type=int, metavar="PX", help="of an image (default: the model's own)")
-    parser.add_argument("--height", type=int, metavar="PX", help="of an image (default: the model's own)")
-    parser.add_argument("--frames", type=int, metavar="N", help="of a video (default: the model's own)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="images at a time (default: %(default)s)")
+    parser.add_argument("--width", type=count(), metavar="PX", help="of an image (default: the model's own)")
+    parser.add_argument("--height", type=count(), metavar="PX", help="of an image (default: the model's own)")
+    parser.add_argument("--frames", type=count(), metavar="N", help="of a video (default: the model's own)")
+    parser.add_argument("--batch", type=count(), default=1, metavar="N", help="images at a time (default: %(default)s)")
     parser.add_argument("--dtype", choices=("fp32", "fp16", "bf16"),
                         help="number format (default: what suits the model)")
     parser.add_argument("--device", choices=("cuda", "mps", "cpu"), default="cuda",
@@ -515,17 +739,17 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", choices=("upcast", "fp16-fix", "fp32", "tiny"), help="one way to decode (default: all that suit)")
     parser.add_argument("--guidance", action=argparse.BooleanOptionalAction,
                         help="with a prompt and its opposite, or once a step (default: as the model is usually run)")
-    parser.add_argument("--images", type=int, metavar="N", help="that are drawn from (default: as many as the model needs)")
+    parser.add_argument("--images", type=count(), metavar="N", help="that are drawn from (default: as many as the model needs)")
     parser.add_argument("--controlnet", nargs="?", const=True, default=False, metavar="NAME",
                         help="with a ControlNet: folder or Hub id; alone: one in the shape of the UNet")
     parser.add_argument("--ip-adapter", nargs="?", const=True, default=False, metavar="FORM",
                         help="with an IP-Adapter: plain (the default), vit-h or plus")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="with a LoRA of this rank that is not fused")
+    parser.add_argument("--lora", type=count(0), default=0, metavar="RANK", help="with a LoRA of this rank that is not fused")
     parser.add_argument("--without", action="append", metavar="PART",
                         help="a component to do without: safety_checker or text_encoder_3")
     parser.add_argument("--fetch", action="store_true",
-                        help="fetch the small files of a model that is not in the cache; no weights")
-    parser.add_argument("--top", type=int, default=8, metavar="N", help="configurations to list (default: %(default)s)")
+                        help="fetch the JSON files of a model that is not in the cache; never its weights")
+    parser.add_argument("--top", type=count(), default=8, metavar="N", help="configurations to list (default: %(default)s)")
     add_hub_options(parser)
 
 # %% ../nbs/03_cli.ipynb #391ff48e
@@ -533,14 +757,27 @@ def plan_options(parser: argparse.ArgumentParser) -> None:
 def plan(args: argparse.Namespace) -> int:
     "Find the configurations of a model that fit a memory budget."
     registry = devsky_nb.ModelRegistry(cache_dir=args.cache_dir, offline=args.offline)
+    if args.fetch: announce_fetching(args.model, registry, args.revision)
     result = devsky_nb.plan_vram(args.model, args.budget, config=args.config, host_budget=args.host_budget,
                                  dtype=args.dtype, width=args.width, height=args.height, frames=args.frames,
                                  batch=args.batch, guidance=args.guidance, without=args.without or [],
                                  images=args.images, vae=args.vae, controlnet=args.controlnet, lora=args.lora,
                                  ip_adapter=args.ip_adapter, device=args.device, card=args.card, top=args.top,
                                  registry=registry, revision=args.revision, fetch=args.fetch)
-    emit(result, args.json)
+    if args.json: emit(result, True)
+    else: say(re.sub(r"(?m)^(  … and \d+ more: )top=", r"\1--top ", repr(result)))
     return 0 if result.best else 1
+
+def announce_fetching(model: str, registry: "ModelRegistry", revision: str | None) -> None:
+    "Say what is fetched, before it is."
+    from huggingface_hub import constants
+    from devsky_nb.hub.locate import CONFIGURATION_LIMITS
+    from devsky_nb.memory.configs import find_model
+    if constants.HF_HUB_OFFLINE or registry.offline: return
+    try: find_model(model, registry, revision)
+    except ModelNotFoundError as e:
+        most = format_bytes(CONFIGURATION_LIMITS.bytes)
+        tell(f"{e.details.get('repo_id', model)}: asking the Hub for its JSON files, {most} at most, and no weights")
 
 # %% ../nbs/03_cli.ipynb #d0c70003
 def rule_codes(text: str) -> list[str]:
@@ -581,21 +818,27 @@ def doctor(args: argparse.Namespace) -> int:
         raise ValidationError(f"--environment reads no files: leave out {str(args.paths[0])!r}, or --environment")
     rules = [*SOURCE_RULES, *ENVIRONMENT_RULES]
     if args.rules: return show_rules(rules, args.json)
-    codes = chosen_rules(rules, args.select, args.ignore)
+    start = args.paths[0] if args.paths else Path(".")
+    _, stated = project_settings("doctor", start if start.is_dir() else start.parent)
+    project: dict[str, list[str]] = {} if args.select else stated  # what is asked for by its code comes first
+    select = args.select or project.get("select", [])
+    codes = chosen_rules(rules, select, [*args.ignore, *project.get("ignore", [])])
     of_source = sorted(codes & {rule.code for rule in SOURCE_RULES})
     of_machine = sorted(codes - {*of_source})
-    target = targets_of(args.target)
+    target = targets_of(args.target or stated.get("target", []))
     found = Findings()
     for path in (args.paths or [Path(".")]) if of_source and not args.environment else ():
         fixed = fix_source(path, of_source, target=target) if args.fix else []
-        if fixed: print(f"{path}: {len(fixed)} fixed", file=sys.stderr)
+        if fixed: tell(f"{path}: {len(fixed)} fixed")
         found += scan_source(path, of_source, target=target)
     if of_machine and not args.source:
         found += check_environment(args.cache_dir, args.plan, args.budget, of_machine, revision=args.revision)
     if args.diff: text = "\n".join(finding.diff for finding in found if finding.diff)
     else: text = render(found, "json" if args.json else args.format, rules, devsky_nb.__version__)
-    say(text)
-    return 1 if found.failing(args.select) else 0
+    if args.diff and not text: tell("no change that is safe to make by itself")
+    elif args.format == "text" and not args.json: say(text)
+    else: say_plainly(text)
+    return 1 if found.failing(select) else 0
 
 def show_rules(rules: list, as_json: bool) -> int:
     "List the rules."
@@ -685,3 +928,30 @@ def evict(args: argparse.Namespace) -> Any:  # the plan, carried out or not
     plan = devsky_nb.plan_eviction(max_bytes=limit, unused_days=args.unused_days, cache_dir=args.cache_dir,
                                    keep=args.keep)
     return plan.execute() if args.execute else plan
+
+# %% ../nbs/03_cli.ipynb #c0a70002
+def completion_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh", "powershell"), help="that is to complete")
+
+def parsers_below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    "A parser, and those of its commands."
+    yield parser
+    for action in parser._actions:
+        if not isinstance(action, argparse._SubParsersAction): continue
+        for inner in action.choices.values(): yield from parsers_below(inner)
+
+@command(completion_options)
+def completion(args: argparse.Namespace) -> int:
+    "Print a script with which a shell completes commands, options and models."
+    from devsky_nb.hub.models import KNOWN
+    require("shtab")
+    import shtab
+    parser = make_parser()
+    for inner in parsers_below(parser):
+        for action in inner._actions:
+            if action.type in (file_path, file_names, table_path): setattr(action, "complete", shtab.FILE)
+            if action.dest in ("model", "name", "plan"): action.choices = [*KNOWN]
+    script = shtab.complete(parser, args.shell)
+    if args.json: say_json({"shell": args.shell, "script": script})
+    else: say_plainly(script)
+    return 0

@@ -59,7 +59,7 @@ def test_parquet_and_tars_are_embedded_updated_and_made_anew(photographs, tmp_pa
     twice = json.loads(embed(f"{tmp_path}/shop{{,}}.tar", "--anew").stdout)
     assert (twice["embedded"], twice["duplicate"], twice["error"]) == (3, 3, 0), twice
     assert json.loads(embed(tmp_path / "shop.tar").stdout)["reused"] == 3
-    assert "resume=False" in embed(tmp_path / "shop.tar", "--dtype", "float16").stderr
+    assert "--anew" in embed(tmp_path / "shop.tar", "--dtype", "float16").stderr
     report = json.loads(embed(tmp_path / "shop.tar", "--dtype", "float16", "--anew").stdout)
     assert (report["embedded"], report["reused"]) == (3, 0)
 
@@ -108,20 +108,30 @@ def test_the_demo_again_in_the_same_folder(tmp_path):
     (["embed", "no-such-folder", "--out", "x", "--model", "tiny-clip"], "no-such-folder"),
     (["embed", ".", "--model", "tiny-clip"], "--out"),
     (["embed", ".", "--out", "", "--model", "tiny-clip"], "argument --out: an empty path: is a variable not set?"),
-    (["embed", "", "--out", "x", "--model", "tiny-clip"], "no file or folder ''"),
+    (["embed", "", "--out", "x", "--model", "tiny-clip"], "argument SOURCE: an empty path"),
     (["embed", ".", "--out", "x", "--root", "", "--model", "tiny-clip"], "argument --root: an empty path"),
     (["validate", "", "--model", "tiny-clip"], "argument SOURCE: an empty path"),
     (["doctor", ""], "argument PATH: an empty path"),
     (["cache", "report", "--cache-dir", ""], "argument --cache-dir: an empty path"),
-    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--output", "clip"], "expected one of projected, pooled, cls"),
-    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--batch-size", "0"], "batch_size"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--output", "clip"], "argument --output: invalid choice: 'clip'"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--batch-size", "0"], "argument --batch-size: '0' is no whole number of at least 1"),
     (["embed", ".", "--out", "x", "--model", "tiny-clip", "--device", "tpu"], "no device 'tpu'"),
-    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--precision", "int3"], "expected one of auto"),
-    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--engine", "spark"], "expected one of local, ray"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--precision", "int3"], "argument --precision: invalid choice: 'int3'"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--engine", "spark"], "argument --engine: invalid choice: 'spark'"),
     (["embed", "nbs/index.ipynb", "--out", "x", "--model", "tiny-clip"], "is no image, no archive, no Parquet file and no list of images"),
     (["validate", "no-such-folder", "--model", "tiny-clip"], "no-such-folder"),
-    (["validate", "settings.ini", "--model", "tiny-clip"], "neither a folder nor an image set"),
+    (["validate", "settings.ini", "--model", "tiny-clip"], "is no image, no archive, no Parquet file and no list of images"),
     (["validate", "nbs", "--model", "tiny-clip", "--contract", "no-such.yaml"], "no-such.yaml"),
+    (["embed", "nbs", "tests", "-", "--out", "x", "--model", "tiny-clip"], "'-' is the list on standard input: give it alone"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--max-failures", "few"], "a number of images such as 10, or a share such as 1%"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--shard-rows", "1.5"], "argument --shard-rows: '1.5' is no whole number"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+    (["embed", ".", "--out", "x", "--model", "tiny-sdxl"], "only models that see images are embedded with"),
+    (["validate", ".", "--accepted", "good.xlsx"], "must end in .csv or .json"),
+    (["search", "x", "a dress", "-k", "0"], "argument -k: '0' is no whole number of at least 1"),
+    (["plan", "sdxl-base"], "--budget: how much may be taken?"),
+    (["plan", "shop/own", "--budget", "8GB"], "--fetch, or `devsky plan shop/own"),
+    (["plan", "sdxl-base", "--budget", "8GB", "--top", "0"], "argument --top: '0' is no whole number"),
     (["cache", "evict", "--max-size", "plenty"], "no size in 'plenty'"),
     (["models", "prefetch", "../etc"], "../etc"),
     (["doctor", "no-such-file.py", "--source"], "no-such-file.py"),
@@ -233,3 +243,190 @@ def test_ctrl_c_ends_at_once_with_130(tmp_path):
 def test_help_answers_without_heavy_imports():
     code = "import sys; sys.argv=['devsky','--help']\ntry:\n    from devsky_nb.cli import main; main()\nexcept SystemExit: print({'torch', 'numpy', 'PIL'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.endswith("set()\n")
+
+
+# ---- what an option means on a terminal ----
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    "Six photographs, in two folders, an archive and a table."
+    import tarfile
+    import pyarrow as pa
+    folder = tmp_path_factory.mktemp("shop")
+    for season, first in ("spring", 0), ("autumn", 3):
+        (folder / season).mkdir()
+        for i in range(first, first + 3):
+            devsky_nb.render_garment(devsky_nb.Garment("dress" if i % 2 else "coat", "red"), 96, i).save(folder / season / f"{i % 3}.png")
+    files = sorted((folder / "spring").iterdir())
+    with tarfile.open(folder / "spring.tar", "w") as tar: [tar.add(p, f"coats/{p.name}") for p in files]
+    pq.write_table(pa.table({"sku": ["a", "b", "c"], "photo": [p.read_bytes() for p in files], "label": ["coat", "dress", "coat"]}), folder / "spring.parquet")
+    return folder
+
+
+def embedded_ids(done, out):
+    assert done.returncode == 0, done.stderr
+    return pq.read_table(out)["id"].to_pylist()
+
+
+def test_several_sources_a_shells_pattern_and_a_list_on_standard_input(shop, tmp_path, monkeypatch):
+    from devsky_nb import cli
+    from devsky_nb.images.sources import open_sources
+    monkeypatch.chdir(shop)
+    ids = lambda *sources: [part.id for part in open_sources(sources).parts()]
+    expanded = [f"spring/{i}.png" for i in range(3)]
+    assert ids(*expanded) == ids("spring/*.png") == expanded
+    assert ids("spring.tar", "autumn/0.png") == ["spring.tar/coats/0.png", "spring.tar/coats/1.png", "spring.tar/coats/2.png", "autumn/0.png"]
+    assert ids("./spring/", "autumn") == [f"./spring/{i}.png" for i in range(3)] + [f"autumn/{i}.png" for i in range(3)]
+    for separator in ("\n", "\r\n", "\0"):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(separator.join(expanded).encode())))
+        assert cli.names_on_standard_input() == expanded
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n\n")))
+    done = devsky("embed", "-", "--out", tmp_path / "d", "--model", "tiny-clip")
+    assert done.returncode == 2 and "standard input lists no images" in done.stderr
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"spring/0.png\nautumn/0.png\n")))
+    embed = lambda *words: devsky("embed", *words, "--model", "tiny-clip", "--precision", "fp32", "--quiet")
+    assert embedded_ids(embed("-", "--out", tmp_path / "e"), tmp_path / "e") == ["spring/0.png", "autumn/0.png"]
+    assert len(embedded_ids(embed("spring", "--out", tmp_path / "f", "autumn"), tmp_path / "f")) == 6
+
+
+def test_archives_tables_and_lists_are_validated_and_what_passed_is_listed(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(shop)
+    validate = lambda *words: devsky("validate", *words, "--model", "tiny-clip", "--quiet", "--json", "--accepted", tmp_path / "good.json")
+    for source, ids in [(["spring.tar", "spring"], [f"spring.tar/coats/{i}.png" for i in range(3)] + [f"spring/{i}.png" for i in range(3)]),
+                        (["spring.parquet", "--id-column", "sku"], ["a", "b", "c"])]:
+        done = validate(*source)
+        assert done.returncode == 0, done.stderr
+        report = json.loads(done.stdout)
+        assert [image["id"] for image in report["images"]] == ids and report["successful"] == len(ids), source
+        good = json.loads((tmp_path / "good.json").read_text(encoding="utf-8"))
+        assert {row["id"] for row in good} == {image["id"] for image in report["images"] if image["status"] == "embedded"}
+    assert [row["label"] for row in good] == ["coat", "dress", "coat"]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"spring/0.png\nnone.png\n")))
+    assert [image["status"] for image in json.loads(validate("-").stdout)["images"]] == ["embedded", "error"]
+
+
+def test_a_contract_is_spoken_of_where_there_is_one(shop, tmp_path, monkeypatch):
+    (tmp_path / "spring").symlink_to(shop / "spring")
+    monkeypatch.chdir(tmp_path)
+    validate = lambda: devsky("validate", "spring/0.png", "--model", "tiny-clip", "--quiet")
+    assert "min_success" not in validate().stdout
+    (tmp_path / "pyproject.toml").write_text("[tool.devsky.contract]\nmin_size = 4000\n", encoding="utf-8")
+    done = validate()
+    assert done.returncode == 1 and "min_size" in done.stdout and "[tool.devsky.contract] of" in done.stderr
+    (tmp_path / "pyproject.toml").write_text("[tool.devsky.contract]\nminimum = 4000\n", encoding="utf-8")
+    done = validate()
+    assert done.returncode == 2 and "unknown key 'minimum'" in done.stderr
+    (tmp_path / "pyproject.toml").write_text("[tool.devsky", encoding="utf-8")
+    assert validate().returncode == 2
+
+
+def test_too_many_failures_are_a_verdict(shop, tmp_path):
+    from devsky_nb.cli import failure_limit
+    folder = tmp_path / "in"
+    shutil.copytree(shop / "spring", folder)
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    done = devsky("embed", folder, "--out", tmp_path / "v", "--model", "tiny-clip", "--precision", "fp32", "--quiet", "--max-failures", "0")
+    assert done.returncode == 1 and "1 of 4 images failed: more than --max-failures allows" in done.stderr
+    assert [failure_limit(text)(4) for text in ("0", "1", "25%", "100%")] == [0, 1, 1, 4]
+
+
+def test_photographs_get_no_verdict_of_a_model_that_knows_drawings(photographs, tmp_path):
+    for name, label in ("astronaut.png", "coat"), ("chelsea.png", "dress"), ("coffee.png", "hat"), ("rocket.jpg", "bag"):
+        (tmp_path / label).mkdir()
+        shutil.copy(photographs / name, tmp_path / label / name)
+    done = devsky("validate", tmp_path, "--model", "tiny-clip", "--labels-from-folders", "--quiet")
+    assert done.returncode == 0 and "labels: zero-shot, by a model trained on drawn garments: 4 of 4 images" in done.stderr, done.stderr
+    assert "mislabelled" not in done.stdout
+
+
+def test_every_help_has_examples_that_parse(monkeypatch, capsys):
+    "They are calls to copy: what is not there fails later, what is misspelt here."
+    from devsky_nb import cli
+    shown = {parser.prog for parser in cli.parsers_below(cli.make_parser()) if "examples:" in parser.format_help()}
+    assert shown == {f"devsky {name}".strip() for name in cli.EXAMPLES}
+    assert {f"devsky {name}" for name in cli.COMMANDS} <= shown
+    import shlex
+    for lines in cli.EXAMPLES.values():
+        for line in lines:
+            words = shlex.split(line.rpartition("| devsky ")[2].partition(" > ")[0])
+            assert cli.parse_arguments(cli.make_parser(), words).command == words[0], line
+
+
+def test_choices_are_those_that_the_package_takes():
+    from devsky_nb import cli
+    from devsky_nb.embedding import embedder, export, rows, vectors
+    choices = {(parser.prog.split()[-1], action.dest): set(action.choices) for parser in cli.parsers_below(cli.make_parser())
+               for action in parser._actions if action.choices and action.option_strings}
+    assert choices["embed", "precision"] == set(embedder.PRECISIONS) and choices["embed", "dtype"] == set(rows.DTYPES)
+    assert set(vectors.OUTPUTS) <= choices["embed", "output"]
+    assert (choices["export", "to"], choices["export", "copies"]) == (set(export.FORMATS), set(export.COPIES))
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_a_shell_completes(shell, tmp_path):
+    pytest.importorskip("shtab")
+    done = devsky("completion", shell)
+    assert done.returncode == 0 and all(word in done.stdout for word in ("prefetch", "max-failures", "clip-vit-base"))
+    if shell != "bash" or not shutil.which("bash"): return
+    (tmp_path / "devsky.bash").write_text(done.stdout, encoding="utf-8")
+    ask = f"source {tmp_path}/devsky.bash; COMP_WORDS=(devsky models pre); COMP_CWORD=2; _shtab_devsky; echo ${{COMPREPLY[@]}}"
+    assert subprocess.run(["bash", "-c", ask], capture_output=True, text=True).stdout.split() == ["prefetch"]
+
+
+def test_colours_are_for_terminals_and_no_program_gets_them(monkeypatch, tmp_path):
+    (tmp_path / "shop.py").write_text("from_pretrained('a', trust_remote_code=True)\n", encoding="utf-8")
+    doctor = lambda *more: devsky("doctor", tmp_path, "--source", *more)
+    for name in ("NO_COLOR", "FORCE_COLOR"): monkeypatch.delenv(name, raising=False)
+    assert "\x1b" not in doctor().stdout
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    coloured = doctor()
+    assert "\x1b[33mDSK051 warning" in coloured.stdout
+    assert "\x1b" not in doctor("--json").stdout + doctor("--format", "github").stdout
+    assert devsky("models", "verify", "tiny-clap").stderr.startswith("\x1b[1;31mdevsky: ")
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert re.sub(r"\x1b\[[\d;]*m", "", coloured.stdout) == doctor().stdout
+
+
+def test_findings_show_the_line_of_code(tmp_path):
+    (tmp_path / "shop.py").write_text("def load():\n\tm = from_pretrained('größe', trust_remote_code=True)  # \x1b[31m\n", encoding="utf-8")
+    shown = devsky("doctor", tmp_path, "--source").stdout.splitlines()
+    line = next(i for i, text in enumerate(shown) if text.startswith("    2 | m = from_pretrained('größe'"))
+    assert "\x1b" not in "".join(shown) and shown[line + 1].index("^") >= shown[line].index("m = ")
+
+
+def test_a_listing_of_models_has_a_head_and_sizes(tmp_path):
+    head, *rows = devsky("models", "list", "--cache-dir", tmp_path).stdout.splitlines()
+    assert head.split() == ["alias", "on", "the", "Hub", "kind", "weights", "stage", "here"]
+    assert rows[0].split()[-5:] == ["3.0", "MiB", "in", "the", "package"] or "in the package" in rows[0]
+    assert all(re.search(r"\d [KMG]iB", row) for row in rows), "each has a size"
+
+
+def test_what_was_to_be_fetched_is_not_told_to_fetch_it(tmp_path):
+    done = devsky("models", "prefetch", "clip-vit-base", "--cache-dir", tmp_path)
+    assert done.returncode == 2 and "devsky models prefetch" not in done.stderr and "where HF_HUB_OFFLINE is not set" in done.stderr
+
+
+def test_a_plan_says_what_it_fetches_before(tmp_path, monkeypatch, capsys):
+    from huggingface_hub import constants
+    from devsky_nb import cli
+    registry = devsky_nb.ModelRegistry(tmp_path)
+    cli.announce_fetching("shop/own", registry, None)
+    assert capsys.readouterr().err == "", "nothing is fetched offline"
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    cli.announce_fetching("shop/own", registry, None)
+    assert capsys.readouterr().err == "shop/own: asking the Hub for its JSON files, 16.0 MiB at most, and no weights\n"
+    cli.announce_fetching("sdxl-base", registry, None)
+    assert capsys.readouterr().err == "", "the package carries them"
+    listed, code = devsky("plan", "sdxl-base", "--budget", "8GB", "--top", "2").stdout.split("\n\n", 1)
+    assert listed.endswith(" more: --top 29 lists all") and "dtype=torch.float16" in code and "--" not in code
+    compile(code, "plan", "exec")
+
+
+def test_a_message_names_the_options_of_its_command():
+    from devsky_nb import cli
+    args = cli.make_parser().parse_args(["embed", "a", "--out", "b"])
+    said = "batch_size=0: resume=False replaces them, offline=True forbids it; revision='v1'; x/dtype=1/a and 'model=2' are names; prune=False"
+    assert cli.as_options(said, args) == ("--batch-size=0: --anew replaces them, --offline forbids it; --revision='v1'; x/dtype=1/a and 'model=2' are names; "
+                                          "prune=False")
+    args = cli.make_parser().parse_args(["plan", "a"])
+    assert cli.as_options("budget: how much? with config=, or fetch=True", args) == "--budget: how much? with --config, or --fetch"

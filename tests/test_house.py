@@ -38,7 +38,7 @@ def snapshot(root):
 def test_export_clean_and_readme_leave_no_diff(tmp_path):
     copy = tmp_path / "devsky_nb"
     copy.mkdir()
-    for name in ("nbs", "devsky_nb", "tools"): shutil.copytree(ROOT / name, copy / name)
+    for name in ("nbs", "devsky_nb", "tools", ".github"): shutil.copytree(ROOT / name, copy / name)
     for name in ("settings.ini", "README.md"): shutil.copy(ROOT / name, copy / name)
     python = sys.executable
     for command in ([python, "tools/export.py"], [BIN / "nbdev_clean"], [python, "tools/outputs.py"], [python, "tools/readme.py"]):

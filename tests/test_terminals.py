@@ -48,6 +48,7 @@ COMMANDS = {
     "models list": ["models", "list", "--cache-dir", "HUB"],
     "models verify": ["models", "verify", "tiny-clip"],
     "models prefetch": ["models", "prefetch", "größe/✓", "--cache-dir", "HUB"],
+    "completion": ["completion", "bash"],
     "cache report": ["cache", "report", "--cache-dir", "HUB"],
     "cache verify": ["cache", "verify", "--cache-dir", "HUB"],
     "cache evict": ["cache", "evict", "--max-size", "0", "--cache-dir", "HUB"],

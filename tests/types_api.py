@@ -2,7 +2,7 @@
 method, a stub that lost a name or an annotation that says less than before is noticed."""
 from collections.abc import Iterator
 from pathlib import Path
-from typing import assert_type
+from typing import Any, assert_type
 
 import numpy as np
 import torch
@@ -10,12 +10,12 @@ from PIL import Image
 
 from devsky_nb import (
     CLIPImageEmbedder, DevSkyyError, ExportReport, FolderIndex, Garment, ImageEmbedder, ImagePolicy, ImageSetContract, InsufficientMemoryError,
-    MLError, ModelLoadError, ModelNotFoundError, ModelRegistry, ModelSpec, QuantizedSDXLGenerator, ValidationError,
+    MLError, ModelLoadError, ModelNotFoundError, ModelRegistry, ModelSpec, PipelineGenerator, QuantizedSDXLGenerator, ValidationError,
     SearchReport, ValidationReport, VectorIndex, VramMonitor, cache_manager, cache_report, check_environment, check_image_set,
     check_pipeline_call, embed_images, embedding_explorer, estimate_vram, export_embeddings, fix_source, load_image, load_model,
-    load_quantized, load_quantized_pipeline, load_sdxl_pipeline_with_quantization_v1, load_sdxl_pipeline_with_quantization_v2,
+    load_lora, load_quantized, load_quantized_pipeline, load_sdxl_pipeline_with_quantization_v1, load_sdxl_pipeline_with_quantization_v2,
     memory_planner, pin, plan_eviction, plan_vram, quantization_explorer, render_garment, save_quantized,
-    scan_source, search_images, similar_pairs, unpin, validate_image_embeddings, validation_review, verify_cache, vram_timeline,
+    scan_source, search_images, similar_pairs, unload_lora, unpin, validate_image_embeddings, validation_review, verify_cache, vram_timeline,
     write_catalogue,
 )
 
@@ -92,6 +92,8 @@ def validation(embedder: CLIPImageEmbedder) -> None:
     assert_type(report, ValidationReport)
     assert_type(report.ok, bool)
     assert_type(report.to_html("report.html"), Path)
+    assert_type(report.to_accepted("accepted.csv"), Path)
+    print(report.accepted()[0]["id"], report.contract)
     print(report.counts["embedded"], report.findings, report.results, report.verdict, check_image_set("folder", embedder).to_dict())
 
 
@@ -117,9 +119,14 @@ def diffusion(folder: Path) -> None:
         assert_type(image.size, tuple[int, int])
         for drawn in generator.generate_batch(["a dress", "a coat"], batch_size=2): assert_type(drawn.mode, str)
         for drawn in generator.generate_stream(["a dress"], seeds=[1]): drawn.save("dress.png")
+    with PipelineGenerator("tiny-sdxl", {"unet": "int8"}, "bitsandbytes", "cpu", low_memory=True) as general:
+        assert_type(general.generate("a coat", image=image, mask_image=image, strength=.5, true_cfg_scale=None).mode, str)
+        assert_type(PipelineGenerator.check("tiny-sdxl", ["a coat"], width=64)[0], dict[str, Any])
     pipeline = load_sdxl_pipeline_with_quantization_v1("tiny-sdxl", use_4bit=True, device="cpu")
     assert_type(save_quantized(pipeline, folder), Path)
     print(load_quantized_pipeline("tiny-sdxl", {"unet": "int8"}, "bitsandbytes", device="cpu").load_report)
+    assert_type(load_lora(pipeline, folder / "style.safetensors", .8, adapter="style").rank, int)
+    assert_type(unload_lora(pipeline), list[str])
     print(load_quantized(folder, device="cpu"), load_sdxl_pipeline_with_quantization_v2("tiny-sdxl", quantize_text_encoders=False))
 
 

@@ -106,8 +106,8 @@ def backend_for(model: Any,
     """
     precision = check_choice("precision", precision, ("auto", "fp32", "int8", "bf16", "fp16")).replace("auto", "fp32")
     if asked is not None: check_choice("backend", asked, LIBRARIES)
-    on_cpu = device.partition(":")[0] == "cpu"
-    _refuse(precision, device, asked, on_cpu)
+    check_backend(precision, device, asked)
+    on_cpu = is_cpu(device)
     if precision == "int8": graph = BACKENDS[int8_form()]
     elif precision == "fp32" and on_cpu and asked != "torch": graph = BACKENDS["fp32-onnxruntime"]
     else: return BACKENDS[NAMES[precision]]
@@ -117,8 +117,11 @@ def backend_for(model: Any,
     message = f"no {graph.name} for {type(model).__name__}: {why}. Use precision='fp32' and leave backend out"
     raise ModelLoadError(message, details={"backend": graph.name, "reason": why})
 
-def _refuse(precision: str, device: str, asked: str | None, on_cpu: bool) -> None:
-    "Refuse what is not in the table."
+def is_cpu(device: str) -> bool: return device.partition(":")[0] == "cpu"
+
+def check_backend(precision: str, device: str, asked: str | None) -> None:
+    "Refuse what is not in the table, whatever the model is."
+    on_cpu = is_cpu(device)
     if precision == "int8" and not on_cpu: why = f"eight bits are computed on CPUs, not on {device}: use 'fp16'"
     elif precision == "int8" and asked == "torch": why = "PyTorch computes no eight bits: leave backend out"
     elif asked == "onnxruntime" and not on_cpu: why = f"ONNX Runtime is for CPUs, not for {device}: leave backend out"

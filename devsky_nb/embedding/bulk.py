@@ -32,7 +32,7 @@ from ..errors import DevSkyyError, ValidationError
 from ..images.folders import expand_braces
 from ..images.items import left_out_lines
 from ..images.policy import ImagePolicy
-from ..images.sources import open_source, Source
+from ..images.sources import open_source, SeveralSources, Source
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -269,11 +269,12 @@ def would_be_read(out: Path, path: str) -> bool:
 
 def check_source(source: Source, out: Path) -> None:
     "Refuse an output that would become part of its own source."
-    path = getattr(source, "path", None)
-    if path is None or not would_be_read(out, os.fspath(path)): return
-    message = (f"{str(out)!r} is inside the source {str(path)!r}: the next run would read its own output. "
-               "Choose another folder")
-    raise ValidationError(message, details={"out": str(out), "source": str(path)})
+    paths = [path for path, _ in source.sources] if isinstance(source, SeveralSources) else [getattr(source, "path", None)]
+    for path in paths:
+        if path is None or not would_be_read(out, os.fspath(path)): continue
+        message = (f"{str(out)!r} is inside the source {str(path)!r}: the next run would read its own output. "
+                   "Choose another folder")
+        raise ValidationError(message, details={"out": str(out), "source": str(path)})
 
 # %% ../../nbs/embedding/21_bulk.ipynb #20b0a003
 SourceLike = str | Path | Iterable[str | Path | tuple[str, str | Path]] | Source

@@ -19,7 +19,7 @@ import numpy as np
 from .._core import check_choice
 from ..device import check_device, is_out_of_memory
 from .admission import admit
-from .backends import backend_for
+from .backends import backend_for, check_backend
 from .families import (Family, family_of, label_probabilities, model_runner, reads_texts,
                        scale_and_bias, text_vectors, vector_length, vision_config, vision_tower)
 from .feeding import batch_size_for, decoding_threads, Feed, table_on_device, UnderWay, works_beside
@@ -127,6 +127,7 @@ class ImageEmbedder:
     def _admit(self, output: str | None, revision: str | None) -> None:
         "Refuse what can never be computed, before weights are fetched."
         check_process(self.device)
+        check_backend(self.precision, self.device, self.asked_backend)
         with wanting(self._wanted, self._name, self.registry.known):
             self.family = admit(self.registry, self._name, revision)
         if self._wanted == "clip" and self.family.name != "clip":

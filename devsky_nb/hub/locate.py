@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/hub/09_locate.ipynb #edc5fe06
-import os, shlex
+import os, re, shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -99,7 +99,7 @@ def not_here(spec: ModelSpec,
     remedies = ways_out(spec, cache_dir)
     way = f"Fetch it with `{remedies[0]}`"
     if "HF_HUB_OFFLINE" in why: way += " where HF_HUB_OFFLINE is not set"
-    for command in remedies[1:]: way += f", or do without it: `{command}`"
+    for command in remedies[1:]: way += f", or try things out with `{command}`, which knows drawn garments only"
     cache = str(hub_cache(cache_dir))
     details = {"alias": spec.name, "repo_id": spec.repo_id, "revision": revision, "cache_dir": cache, "reason": why,
                "remedies": remedies}
@@ -137,6 +137,26 @@ def wanting(kind: str,  # of `WANTED`
         else: message = f"{what}; {only}: if it is one, `{remedies[0]}` fetches it{where}"
         raise ModelNotFoundError(f"{message}. Or do without it: `{remedies[1]}`",
                                  details=e.details | {"remedies": remedies}, original_error=e.original_error)
+
+# %% ../../nbs/hub/09_locate.ipynb #fe7c0002
+FORBIDDEN = {"HF_HUB_OFFLINE": "Call again where HF_HUB_OFFLINE is not set",
+             "offline=True": "Use a registry that may fetch, without offline=True"}
+ELSEWHERE = "or copy the model's folder from the cache of a machine that has it"
+
+@contextmanager
+def asked_to_fetch() -> Iterator[None]:
+    "Say what keeps a model from being fetched, instead of saying how to fetch it."
+    try: yield
+    except ModelNotFoundError as e:
+        reason = str(e.details.get("reason", ""))
+        what = e.message.partition(". Fetch it with")[0]
+        forbidden = next((remedy for name, remedy in FORBIDDEN.items() if name in reason), None)
+        remedy = "When that is mended, call again: whole files are kept"
+        if forbidden: remedy = f"{forbidden}, {ELSEWHERE}"
+        elif re.search(r"\b40[134]\b", reason):
+            remedy = "Is that its name? A private or gated one wants `hf auth login` first"
+        raise ModelNotFoundError(f"{what}. {remedy}", details=e.details | {"remedies": []},
+                                 original_error=e.original_error)
 
 # %% ../../nbs/hub/09_locate.ipynb #a2f4fa77
 def cached_commits(spec: ModelSpec, revision: str, cache_dir: str | Path | None) -> list[str]:  # full commits

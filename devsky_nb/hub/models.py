@@ -193,8 +193,27 @@ def with_files(spec: ModelSpec) -> ModelSpec:
     "A pipeline with the patterns of its files: all of SDXL's parts are known, and they have half precision."
     return replace(spec, allow_patterns=SDXL_FILES if spec.alias in ("tiny-sdxl", "sdxl-base") else PIPELINE_FILES)
 
-PIPELINES = tuple(map(with_files, (*IMAGE_PIPELINES, *VIDEO_PIPELINES)))
-KNOWN = {spec.alias: spec for spec in (*CLIP_MODELS, *IMAGE_MODELS, *PIPELINES)}
+WEIGHTS = {  # GB, of the files that are fetched: parameters in the format that they are stored in
+    "auraflow": 32.5, "chroma1-hd": 27.5, "clip-bigg": 10.2, "clip-vit-base": 0.605, "clip-vit-base-16": 0.598,
+    "clip-vit-large": 1.71, "cogvideox-2b": 13.3, "cogvideox-5b": 21.5, "cogview4": 31.1, "dinov2-base": 0.346,
+    "dinov3-base": 0.343, "fashion-clip": 0.605, "flux1-dev": 33.7, "flux1-fill-dev": 33.7,
+    "flux1-kontext-dev": 33.7, "flux1-schnell": 33.7, "flux2-dev": 113, "flux2-klein-4b": 16, "flux2-klein-9b": 34.7,
+    "hidream-i1-dev": 61.6, "hidream-i1-full": 61.8, "hunyuandit": 7.21, "hunyuanvideo": 41.9, "kandinsky22": 5.28,
+    "kandinsky22-prior": 10.6, "kandinsky5-t2i-lite": 29, "kandinsky5-t2v-lite": 21.3, "kolors": 17.8,
+    "ltx-video": 18.9, "ltx2": 67.7, "lumina2": 21.2, "marqo-fashionsiglip": 0.813, "pixart-sigma": 10.9,
+    "pixart-xl": 10.9, "qwen-image": 57.7, "qwen-image-edit": 57.7, "qwen-image-edit-2509": 57.7, "sana-1600m": 9.69,
+    "sd15": 2.74, "sd21": 2.58, "sd3-medium": 15.5, "sd35-large": 27.6, "sd35-large-turbo": 27.6,
+    "sd35-medium": 16.3, "sdxl-base": 6.94, "sdxl-refiner": 6.08, "sdxl-turbo": 6.94, "siglip-base": 0.813,
+    "siglip2-base": 1.5, "ssd-1b": 4.47, "wan21-t2v-1.3b": 28.9, "wan21-t2v-14b": 40.2, "wan22-t2v-a14b": 68.8,
+    "wan22-ti2v-5b": 24.2, "z-image": 20.5, "z-image-turbo": 20.5}
+
+def with_size(spec: ModelSpec) -> ModelSpec:
+    "A model with its size, where that is known and not stated."
+    known = round(WEIGHTS.get(spec.alias, 0) * 1e9) or None
+    return replace(spec, size_bytes=spec.size_bytes or known)
+
+PIPELINES = tuple(map(with_size, map(with_files, (*IMAGE_PIPELINES, *VIDEO_PIPELINES))))
+KNOWN = {spec.alias: spec for spec in (*map(with_size, (*CLIP_MODELS, *IMAGE_MODELS)), *PIPELINES)}
 
 # %% ../../nbs/hub/06_models.ipynb #4911dfbd
 def mistyped(asked: str, repo_ids: Iterable[str]) -> list[str]:  # the nearest first

@@ -24,7 +24,7 @@ from .models import KNOWN, ModelSpec
 from .pins import folder_name
 from .settings import hub_cache
 from .versions import ModelStore
-from .weights import expected_bytes, folder_stamp, model_bytes
+from .weights import expected_bytes, folder_stamp, model_bytes, networks
 
 if TYPE_CHECKING:
     import torch
@@ -192,6 +192,21 @@ class ModelMemory:
             self._changed.notify_all()
 
 # %% ../../nbs/hub/13_registry.ipynb #a065fcfe
+def is_shared(model: object) -> bool:
+    "Whether a registry hands a model out to whoever asks, or one that has a network in common with it."
+    own = {id(part) for part in (model, *networks(model))}
+    handed_out: list[object] = []
+    for memory in _MEMORIES:
+        with memory.locked(): handed_out += [*memory.alive.values(), *(entry.model for entry in memory.models.values())]
+    return any(id(part) in own for given in handed_out if given is not None for part in (given, *networks(given)))
+
+def count_again(model: object) -> None:
+    "Have registries count what a model takes, after something was added to it or taken away."
+    for memory in _MEMORIES:
+        with memory.locked():
+            for entry in memory.models.values():
+                if entry.model is model: entry.bytes = model_bytes(model)
+
 def shares_memory(device: str, other: str) -> bool:
     "Whether two devices have one memory: the CPU and Apple's GPU do."
     return device == other or not (device.startswith("cuda") or other.startswith("cuda"))

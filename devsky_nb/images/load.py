@@ -6,7 +6,7 @@
 __all__ = ['load_image', 'pixel_hash']
 
 # %% ../../nbs/images/07_load.ipynb #c9e7e117
-import hashlib, os
+import hashlib, os, re
 
 import numpy as np
 from PIL import ExifTags, Image
@@ -36,7 +36,13 @@ def from_array(array: np.ndarray) -> Image.Image:  # mode L, RGB or RGBA
     return Image.fromarray(array)
 
 # %% ../../nbs/images/07_load.ipynb #a401d067
-ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray
+class StoredImage:
+    "An encoded image that is read when it is needed, wherever it is stored."
+    def read(self, policy: ImagePolicy) -> bytes:
+        "Its bytes, or a typed error."
+        raise NotImplementedError
+
+ImageSource = str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray | StoredImage
 
 def read_source(source: ImageSource,
                 policy: ImagePolicy,
@@ -50,6 +56,8 @@ def read_source(source: ImageSource,
         data = read_file(os.fspath(source), policy)
     elif isinstance(source, (bytes, bytearray, memoryview)):
         data = bytes(source)
+    elif isinstance(source, StoredImage):
+        data = source.read(policy)
     else:
         message = (f"not an image but an object of type {type(source).__name__!r}: "
                    "expected a path, bytes, a PIL image or a uint8 array")
@@ -70,13 +78,24 @@ def open_bytes(data: bytes,
     return image, light.actions
 
 # %% ../../nbs/images/07_load.ipynb #fb12bdf8
-def decoding_reason(error: Exception) -> str:  # "truncated", "too-many-pixels", "memory" or "undecodable"
+NOT_DECODED = re.compile(r"unsupported|not available|unknown (pixel mode|data organization|compression)", re.IGNORECASE)
+
+def decoding_reason(error: Exception) -> str:  # "truncated", "too-many-pixels", "memory", "unsupported-kind", "undecodable"
     "What went wrong inside a decoder, as a short word."
     if isinstance(error, Image.DecompressionBombError):
         return "too-many-pixels"
     if isinstance(error, MemoryError):
         return "memory"
+    if NOT_DECODED.search(str(error)):
+        return "unsupported-kind"
     return "truncated" if "truncat" in str(error).lower() else "undecodable"
+
+def decoding_message(error: Exception) -> str:
+    "What went wrong inside a decoder, for a person."
+    why = str(error) or type(error).__name__
+    if decoding_reason(error) != "unsupported-kind":
+        return f"cannot be decoded: {why}"
+    return f"its pixels are of a kind that Pillow does not decode ({why}): save it as RGB or grey of 8 or 16 bits"
 
 # %% ../../nbs/images/07_load.ipynb #09a07458
 def stored_size(image: Image.Image) -> tuple[int, int]:  # width, height
@@ -153,7 +172,7 @@ def load_image(source: ImageSource,  # path, bytes, PIL image, or uint8 array HÃ
             error = load_error(e.details["reason"], e.message, path, e.original_error)
     except Exception as e:
         release_traceback(e, collect=False)
-        error = load_error(decoding_reason(e), f"cannot be decoded: {str(e) or type(e).__name__}", path, e)
+        error = load_error(decoding_reason(e), decoding_message(e), path, e)
     raise error
 
 # %% ../../nbs/images/07_load.ipynb #8c60f661

@@ -6,8 +6,8 @@
 __all__ = ['AnyImages', 'open_source']
 
 # %% ../../nbs/images/23_sources.ipynb #80c9d6d3
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+import os, re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 
 from .._core import check_count
@@ -81,8 +81,44 @@ class AnyImages:
         return ValidationError(message, details={"table": table, "other": other})
 
 # %% ../../nbs/images/23_sources.ipynb #5ae5d001
-Source = (AnyImages | FrameImages | ImageFolder | ImageList | ListedImages | ParquetImages | StoredRows | TarShards
-          | ZipImages)
+A_LIST = "a list among other sources: give lists by themselves"
+
+@dataclass(frozen=True)
+class SeveralSources:
+    "Folders, files, patterns and addresses, one after the other; ids begin with the source that they come from."
+    sources: "tuple[tuple[str, Source], ...]"  # as it was given, and what it means
+
+    def parts(self) -> Iterator[Item | Rows | LeftOut]:
+        "The inputs, in order, and what is left out."
+        only_lists = all(isinstance(source, ListedImages) for _, source in self.sources)
+        for given, source in self.sources:
+            if isinstance(source, ListedImages) and not only_lists:
+                yield LeftOut(shown(given), A_LIST)
+                continue
+            before = self._before(given)
+            for part in source.parts():
+                yield part if isinstance(source, ListedImages) else self._named(part, before)
+
+    def _before(self, given: str) -> str:
+        "What stands before an id: the folder, or the folder of a file or a pattern."
+        text = shown(given)
+        if is_folder(given):
+            return text.rstrip("/\\")
+        return re.split(r"[*?\[{]", text, maxsplit=1)[0].rpartition("/")[0]
+
+    def _named(self, part: Item | Rows | LeftOut, before: str) -> Item | Rows | LeftOut:
+        "The same under its longer name; the id of a loose file is its path already."
+        def longer(name: str) -> str:
+            has_it = not before or name.startswith(f"{before}/")
+            return name if has_it else f"{before}/{name}"
+        if isinstance(part, Rows):
+            return replace(part, prefix=longer(part.prefix))
+        if isinstance(part, LeftOut):
+            return LeftOut(longer(part.path), part.reason)
+        return replace(part, id=longer(part.id))
+
+Source = (AnyImages | FrameImages | ImageFolder | ImageList | ListedImages | ParquetImages | SeveralSources | StoredRows
+          | TarShards | ZipImages)
 NOT_YET = {"LazyFrame": "source.collect()", "RecordBatchReader": "source.read_all()"}
 
 def is_sequence(source: object) -> bool:
@@ -170,6 +206,27 @@ def open_source(source: "str | os.PathLike[str] | Iterable | Source",  # folder,
     if not isinstance(opened, (ParquetImages, ListedImages, FrameImages)):
         raise ValidationError(f"column and id_column are for tables, not for {type(opened).__name__}")
     return replace(opened, column=column or opened.column, id_column=id_column or opened.id_column)
+
+# %% ../../nbs/images/23_sources.ipynb #5e7e0002
+def open_sources(sources: Sequence[str],  # one or more, each as for `open_source`
+                 column: str | None = None,  # of a table's images or paths
+                 id_column: str | None = None,  # of a table's ids
+                 ) -> Source:
+    """The source that several names mean together; one alone keeps its shorter ids.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValidationError: one of them is no source.
+    """
+    if len(sources) == 1:
+        return open_source(sources[0], column, id_column)
+    return SeveralSources(tuple((source, one_of_several(source, column, id_column)) for source in sources))
+
+def one_of_several(source: str, column: str | None, id_column: str | None) -> Source:
+    "As `open_source`; a file that holds no images is left out when it is read, as a pattern's would be."
+    if os.path.isfile(source) and suffix(source) not in LIST_SUFFIXES and kind_of(source) not in READ:
+        return AnyImages(source)
+    return open_source(source, column, id_column)
 
 # %% ../../nbs/images/23_sources.ipynb #7692c10d
 @dataclass(frozen=True)

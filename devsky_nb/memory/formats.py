@@ -141,7 +141,7 @@ def check_format(quant: str | None,
         reason = f"offload={offload!r} fetches single layers, and those of {library} do not move by themselves: use {others}"
     elif quant == "torchao-int4" and device != "cuda": reason = f"its kernel is for CUDA, not for {device}: use another"
     elif quant == "torchao-int4" and dtype != "bf16": reason = f"its kernel computes in bf16, not in {dtype}: use dtype='bf16'"
-    elif library == "layerwise casting" and device == "mps": reason = "MPS has no 8-bit floating-point numbers: use 'int8'"
+    elif quant.endswith("fp8") and device == "mps": reason = "MPS has no 8-bit floating-point numbers: use 'int8'"
     if reason: raise ValidationError(f"quant={quant!r}: {reason}", details={"quant": quant, "offload": offload})
 
 # %% ../../nbs/memory/10_formats.ipynb #5a7e15001b

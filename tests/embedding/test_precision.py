@@ -7,11 +7,12 @@ from hypothesis import given, strategies as st
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
-from devsky_nb import CLIPImageEmbedder, FolderIndex, ModelRegistry, embed_images
+from devsky_nb import CLIPImageEmbedder, FolderIndex, ImageEmbedder, ModelRegistry, embed_images
 from devsky_nb.embedding import backends, bulk, precision as P
 from devsky_nb.embedding.fidelity import CheckedRunner, FIRST_IMAGES, worst_cosine
 from devsky_nb.embedding.worker import EmbedderSpec
 from devsky_nb.errors import ModelLoadError, ValidationError
+from image_models import save_model
 
 MANY = 1040  # images: enough for a trial
 
@@ -377,28 +378,62 @@ def test_where_half_of_a_source_is_broken_the_sample_is_whole(model, images):
 
 
 def photos(n, texture):
-    "JPEG files four times as large as the model looks at: with `texture`, decoding them smaller changes what is seen."
+    "JPEG files far larger than the model looks at, in four groups. With `texture`, smaller decoding changes what is seen."
     rng = np.random.default_rng(0)
+    groups = rng.integers(30, 226, (4, 4, 4, 3))
+    grain = rng.choice([-120, 120], (256, 256, 3)) if texture else 0  # one for all, so the groups stay as they are
     made = []
-    for _ in range(n):
-        smooth = np.asarray(Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)).resize((256, 256), Image.Resampling.BICUBIC))
-        noise = rng.integers(-120, 120, smooth.shape) if texture else 0
-        made.append(encoded(np.uint8(np.clip(smooth + noise, 0, 255)), "JPEG", quality=95))
+    for i in range(n):
+        coarse = np.uint8(groups[i % 4] + rng.integers(-30, 31, (4, 4, 3)))
+        smooth = np.asarray(Image.fromarray(coarse).resize((256, 256), Image.Resampling.BICUBIC)).astype(int)
+        made.append(encoded(np.uint8(np.clip(smooth + grain, 0, 255)), "JPEG", quality=30, subsampling=0))
     return made
 
 
 def test_smaller_decoding_is_taken_where_it_changes_nothing_that_counts(model):
+    "In groups of 11, each image's ten neighbours are the others of its group: no rounding of int8 makes them others."
     embedder = auto(model)
-    smooth = P.choose_precision(embedder, photos(40, texture=False))
+    smooth = P.choose_precision(embedder, photos(44, texture=False))
     assert smooth.receipt.min_edge == embedder.preprocess.min_edge and smooth.min_edge == smooth.receipt.min_edge
     assert f"-int8-onnxruntime-edge{smooth.min_edge}-" in smooth.fingerprint
     [small], [whole] = smooth.embed_stream(photos(1, False)), embedder.embed_stream(photos(1, False))
     assert small.record.actions != whole.record.actions and small.vector @ whole.vector > .999
-    rough = P.choose_precision(embedder, photos(40, texture=True)).receipt
+    rough = P.choose_precision(embedder, photos(44, texture=True)).receipt
     assert rough.min_edge is None and rough.backend == "int8-onnxruntime"
-    assert "below" in rough.trials[-1].refused and rough.trials[-1].min_edge
-    small_job = P.choose_precision(embedder, photos(40, texture=False), images=1200).receipt
+    assert "smallest cosine" in rough.trials[-1].refused and rough.trials[-1].min_edge
+    small_job = P.choose_precision(embedder, photos(44, texture=False), images=1200).receipt
     assert small_job.min_edge is None and len(small_job.trials) == 2
+
+
+# Other families
+
+def eight_bits_where_it_can(device, model, output=None):
+    backend = P.BACKENDS["int8-onnxruntime"]
+    return None if backend.why_not(model, output, device) else backend
+
+
+@pytest.mark.parametrize("kind, chosen", [("siglip", "int8-onnxruntime"), ("siglip2", "fp32-torch"), ("dinov2", "int8-onnxruntime")])
+def test_other_families_are_tried_as_well_and_what_no_graph_computes_stays_exact(tmp_path, monkeypatch, kind, chosen):
+    monkeypatch.setattr(P, "candidate_for", eight_bits_where_it_can)
+    embedder = ImageEmbedder(save_model(kind, tmp_path / kind), device="cpu", precision="auto")
+    receipt = P.choose_precision(embedder, photos(44, texture=False)).receipt
+    assert receipt.backend == chosen and receipt.reference == embedder.fingerprint
+    assert ("faithful on 44 images" if receipt.trials else "nothing else computes this model") in receipt.reason
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["siglip", "siglip2", "dinov2", "dinov3_vit"])
+def test_a_whole_job_of_another_family_keeps_its_vectors_and_its_receipt(tmp_path, monkeypatch, shop, kind):
+    monkeypatch.setattr(P, "candidate_for", eight_bits_where_it_can)
+    folder, out = save_model(kind, tmp_path / kind), tmp_path / "out"
+    report = embed_images(shop, out, ImageEmbedder(folder, device="cpu", precision="auto"))
+    assert (report.total, report.error, report.duplicate) == (MANY, 26, 26)
+    vectors, receipt = stored(out)
+    names = sorted(vectors)[::10]
+    exact = ImageEmbedder(folder, device="cpu", precision="fp32").encode_images_batch([shop / name for name in names]).numpy()
+    assert worst_cosine(exact, np.float32([vectors[name] for name in names])) > .998
+    again = embed_images(shop, out, ImageEmbedder(folder, device="cpu", precision="auto"))
+    assert again.receipt == receipt and again.fingerprint == report.fingerprint
 
 
 # Failures

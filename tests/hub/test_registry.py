@@ -1009,7 +1009,7 @@ def test_a_repository_that_does_not_exist(hub, tmp_path, call):
     error = call(tmp_path, hub, "prefetch", "shop/hats")
     assert error["error_type"] == "ModelNotFoundError"
     assert "the Hub refuses" in error["message"]
-    assert "hf download shop/hats" in error["message"]
+    assert "Is that its name?" in error["message"] and "hf download" not in error["message"]
 
 
 @pytest.mark.parametrize("name", ["clip-vit-base", "org/name"])
@@ -1017,7 +1017,7 @@ def test_an_unreachable_hub_is_a_clear_error_soon(name, tmp_path, call):
     error = call(tmp_path, "http://127.0.0.1:9", "prefetch", name)
     assert error["error_type"] == "ModelNotFoundError"
     assert "could not be reached" in error["message"]
-    assert "--model tiny-clip" in error["message"]
+    assert "call again" in error["message"] and "devsky models prefetch" not in error["message"]
 
 
 def test_the_network_is_not_touched_for_what_is_cached(hub, shop, call):

@@ -265,3 +265,27 @@ def test_the_hub_offline_is_one_error_at_once():
     began = time.monotonic()
     with pytest.raises(DevSkyyError, match="offline mode is enabled") as e: open_source("hf://datasets/shop/spring")
     assert e.value.details["reason"] == "offline" and time.monotonic() - began < 10
+
+
+class OwnStore(MemoryFileSystem):
+    "A store that is reached with an option only."
+    protocol = "ownstore"
+
+    def __init__(self, *args, endpoint_url=None, **options):
+        if endpoint_url != "https://store.example": raise PermissionError(f"no store at {endpoint_url}")
+        super().__init__(*args, **options)
+
+    @classmethod
+    def _strip_protocol(cls, path): return super()._strip_protocol(path.removeprefix("ownstore:/"))
+
+
+def test_options_of_a_file_system_are_those_of_fsspecs_configuration(monkeypatch, bucket):
+    fsspec.register_implementation("ownstore", OwnStore, clobber=True)
+    bucket.pipe_file("/bucket/a.png", image(1))
+    with pytest.raises(DevSkyyError, match="no store at None"): items("ownstore://bucket")
+    configured = {}
+    fsspec.config.set_conf_env(configured, {"FSSPEC_OWNSTORE_ENDPOINT_URL": "https://store.example"})
+    monkeypatch.setitem(fsspec.config.conf, "ownstore", configured["ownstore"])
+    [found] = items("ownstore://bucket")
+    assert found.id == "a.png"
+    assert ask(found.file, 2**20).data == image(1)
