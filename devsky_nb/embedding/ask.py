@@ -118,6 +118,7 @@ class SearchReport:
         questions: list[Question]
         neighbours: of the questions, in their order
         policy: how images are read for a page
+        metadata: of the neighbours, as JSON text; None: the data set has none
     """
     folder: str  # of the data set
     model: str  # that the questions were embedded with
@@ -126,16 +127,19 @@ class SearchReport:
     questions: list[Question]
     neighbours: Neighbours  # of the questions, in their order
     policy: ImagePolicy = field(default_factory=ImagePolicy)  # how images are read for a page
+    metadata: "np.ndarray | None" = None  # of the neighbours, as JSON text; None: the data set has none
 
     def to_dict(self) -> dict:  # ready for JSON
-        """The answers as plain data: best first, with scores as cosines.
+        """The answers as plain data: best first, with scores as cosines, and the metadata of images that have side-cars.
 
         Returns:
             ready for JSON
         """
         found = zip(self.questions, self.neighbours.ids, self.neighbours.paths, self.neighbours.scores)
-        queries = [{question.kind: question.text, "neighbours": _ranked(ids, paths, scores)}
-                   for question, ids, paths, scores in found]
+        queries: list[dict[str, Any]] = [{question.kind: question.text, "neighbours": _ranked(ids, paths, scores)}
+                                         for question, ids, paths, scores in found]
+        for query, texts in zip(queries, [] if self.metadata is None else self.metadata.tolist()):
+            for near, text in zip(query["neighbours"], texts): near["metadata"] = plain_metadata(text)
         return {"folder": self.folder, "model": self.model, "fingerprint": self.fingerprint, "vectors": self.vectors,
                 "k": self.neighbours.rows.shape[1], "queries": queries}
 
@@ -234,6 +238,11 @@ def _ranked(ids: "np.ndarray", paths: "np.ndarray", scores: "np.ndarray") -> lis
     return [{"rank": rank, "id": name, "path": path, "score": round(score, 6)}
             for rank, (name, path, score) in enumerate(found, 1)]
 
+def plain_metadata(text: str | None) -> object:
+    "Metadata as plain data; as it stands, if that is no JSON."
+    try: return None if text is None else parse_json(text)
+    except ValueError: return text
+
 def image_path(path: str | None) -> str | None:
     "Where an image is, as `open` takes it in this locale."
     return None if path is None else name_path(path)
@@ -316,7 +325,8 @@ def search_images(out: str | Path,  # output folder of `embed_images`
         asked = question_vectors(embedder, words, examples)
         name = embedder.model_name
     found = index.search(asked, count, progress=progress)
-    return SearchReport(str(index.folder), name, index.fingerprint, len(index), questions, found, policy)
+    return SearchReport(str(index.folder), name, index.fingerprint, len(index), questions, found, policy,
+                        index.metadata(found.rows))
 
 # %% ../../nbs/embedding/25_ask.ipynb #2e318438
 def question_vectors(embedder: ImageEmbedder,

@@ -293,7 +293,7 @@ def embed_plan(plan: SourcePlan,
                ) -> EmbedReport:
     "Embed what a plan lists, and stage the shards."
     from tqdm.auto import tqdm
-    schema = embedding_schema(embedder, dtype)
+    schema = embedding_schema(embedder, dtype, plan.has_metadata)
     kind = vector_kind(schema)
     report = EmbedReport(str(out), embedder.model_name, kind.fingerprint, receipt=kind.receipt,
                          left_out=plan.left_out.named, left_out_counts=dict(plan.left_out.counts))
@@ -321,9 +321,10 @@ def embed_images(source: SourceLike,  # folder, file, address, pattern, paths, t
     """Embed images into a Parquet data set; call again to go on after a crash, or to follow a source that changed.
 
     Every input has one row, with `id`, `path`, `status` ("embedded", "duplicate" or "error"), `error`, `content_hash`,
-    `actions` and `embedding`. The shards become visible together, when all are there; `_SUCCESS` marks a complete data
-    set, as in Hadoop. Images that lie elsewhere are fetched many at a time, and those that have not changed not again.
-    A vector depends on its image alone: after any interruptions and updates the files are, byte for
+    `actions` and `embedding`, and, if an archive has side-cars such as `.txt` beside its images, a last one `metadata`:
+    JSON text, null where an image has none. The shards become visible together, when all are there; `_SUCCESS` marks a
+    complete data set, as in Hadoop. Images that lie elsewhere are fetched many at a time, and those that have not
+    changed not again. A vector depends on its image alone: after any interruptions and updates the files are, byte for
     byte, those of one run from nothing on the same kind of machine. One run at a time writes to a folder.
 
     With an embedder of precision "auto" the first run chooses: fp32 for fewer than 1,000 images; for more, eight bits

@@ -17,7 +17,7 @@ from .._core import (check_choice, check_flag, check_path, format_bytes, format_
                      require, storage_errors, sync)
 from ..device import memory_info
 from .ask import complete_dataset
-from .rows import NOTE
+from .rows import METADATA, NOTE
 from .search import check_vectors, FolderIndex, open_shard, reading
 from ..errors import DevSkyyError, InsufficientMemoryError, ModelLoadError, ValidationError
 
@@ -42,24 +42,30 @@ def read_status(index: FolderIndex,
                 batch = batch.filter(pc.equal(batch["status"], status))
                 if len(batch): yield batch.drop_columns(["status"])
 
+def own_columns(index: FolderIndex) -> list[str]:
+    "The columns in which copies of one image differ."
+    return ["id", "path", METADATA] if index.has_metadata else ["id", "path"]
+
 class CopyTable:
-    "The ids and paths of the copies of a data set, by content."
+    "What is each copy's own in a data set, by content: id and path, and metadata if there are any."
     def __init__(self, index: FolderIndex, path: Path) -> None:
         self.count = 0
         self.found = 0  # of them, those that were asked for
         self._db = sqlite3.connect(path, check_same_thread=False)  # some libraries read in a thread of theirs
         self._db.execute("PRAGMA journal_mode = OFF")
-        self._db.execute("CREATE TABLE copies (hash TEXT, id TEXT, path TEXT)")
-        for batch in read_status(index, "duplicate", ["content_hash", "id", "path"]):
-            rows = zip(*(batch[name].to_pylist() for name in ("content_hash", "id", "path")))
-            self._db.executemany("INSERT INTO copies VALUES (?, ?, ?)", rows)
+        self._own = own_columns(index)
+        self._db.execute(f"CREATE TABLE copies (hash TEXT, {', '.join(self._own)})")
+        places = ", ".join("?" * (1 + len(self._own)))
+        for batch in read_status(index, "duplicate", ["content_hash", *self._own]):
+            rows = zip(*(batch[name].to_pylist() for name in ("content_hash", *self._own)))
+            self._db.executemany(f"INSERT INTO copies VALUES ({places})", rows)
             self.count += len(batch)
         self._db.execute("CREATE INDEX by_hash ON copies (hash)")
 
-    def of(self, hashes: list[str]) -> list[list[tuple[str, str | None]]]:  # id and path of each copy, for each hash
+    def of(self, hashes: list[str]) -> list[list[tuple[str | None, ...]]]:  # what is each copy's own, for each hash
         "The copies of some contents."
         if not self.count: return [[] for _ in hashes]
-        ask = "SELECT id, path FROM copies WHERE hash = ? ORDER BY rowid"
+        ask = f"SELECT {', '.join(self._own)} FROM copies WHERE hash = ? ORDER BY rowid"
         answers = [self._db.execute(ask, (content_hash,)).fetchall() for content_hash in hashes]
         self.found += sum(map(len, answers))
         return answers
@@ -106,9 +112,9 @@ def exported_batches(index: FolderIndex, table: CopyTable, schema: "pa.Schema") 
         columns = {name: batch[name] for name in names}
         copies = table.of(batch["content_hash"].to_pylist())
         if is_listed:
-            listed = [[name for name, _ in group] for group in copies]
+            listed = [[own[0] for own in group] for group in copies]
             columns["copies"] = pa.array(listed, pa.list_(pa.string()))
-        else: columns, vectors = repeated_rows(columns, vectors, copies)
+        else: columns, vectors = repeated_rows(columns, vectors, copies, own_columns(index))
         column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), index.dim)
         yield pa.RecordBatch.from_arrays([*(columns[name] for name in schema.names[:-1]), column], schema=schema)
     if first != len(index):
@@ -116,14 +122,15 @@ def exported_batches(index: FolderIndex, table: CopyTable, schema: "pa.Schema") 
 
 def repeated_rows(columns: "dict[str, pa.Array]",
                   vectors: "np.ndarray",
-                  copies: list[list[tuple[str, str | None]]],  # of each row
+                  copies: list[list[tuple[str | None, ...]]],  # of each row
+                  names: list[str],  # of the columns in which they differ
                   ) -> "tuple[dict[str, pa.Array], np.ndarray]":
-    "Rows with their copies behind them, which differ in id and path."
+    "Rows with their copies behind them."
     import numpy as np
     import pyarrow as pa
     repeats = np.repeat(np.arange(len(copies)), [1 + len(group) for group in copies])
     rows = {name: column.take(pa.array(repeats)) for name, column in columns.items()}
-    for place, name in enumerate(("id", "path")):
+    for place, name in enumerate(names):
         values: list[str | None] = []
         for own, group in zip(columns[name].to_pylist(), copies): values += [own, *(copy[place] for copy in group)]
         rows[name] = pa.array(values, pa.string())
@@ -190,7 +197,7 @@ def check_destination(target: Path, kind: str, overwrite: bool) -> None:
         raise ValidationError(f"{str(target)!r} is a folder: name a file, such as vectors.{kind}", details=details)
     if not os.path.lexists(target): return
     if not overwrite:
-        message = f"{str(target)!r} exists: choose another name, or replace it with overwrite=True (--overwrite)"
+        message = f"{str(target)!r} exists: choose another name, or replace it with overwrite=True"
         raise ValidationError(message, details=details)
     is_ours = target.is_file() if kind in AS_FILE else is_export(target) or kind == "lancedb"
     if is_ours: return
@@ -435,7 +442,7 @@ def check_collection(job: ExportJob,
         message = f"{where}, as a collection of its own, which is not replaced: choose another name"
         raise ValidationError(message, details=details)
     if overwrite: return
-    message = f"{where}: choose another name, or replace it with overwrite=True (--overwrite)"
+    message = f"{where}: choose another name, or replace it with overwrite=True"
     raise ValidationError(message, details=details)
 
 # %% ../../nbs/embedding/26_export.ipynb #c8f86a4d

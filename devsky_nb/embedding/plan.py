@@ -47,6 +47,7 @@ class SourcePlan:
         self.rows = check_count("shard_rows", rows)
         self.total = 0  # inputs
         self.count = 0  # slices
+        self.has_metadata = False  # whether an input has any
         self.left_out = Account()  # what the source holds and is no input
         discard(path)
         with storage_errors(path):
@@ -103,6 +104,8 @@ class SourcePlan:
             self.db.execute("BEGIN")
             part = replace(part, parts=tuple(map(self._with_own_id, part.parts)))
             self.db.execute("INSERT INTO slices VALUES (?, ?)", (part.number, zlib.compress(pickle.dumps(part), 1)))
+        with_metadata = any(isinstance(piece, Item) and piece.metadata is not None for piece in part.parts)
+        self.has_metadata = self.has_metadata or with_metadata
         self.total += len(part)
         self.count += 1
 

@@ -30,15 +30,17 @@ if TYPE_CHECKING:
 FORMAT = "1"
 NOTE = "devsky_nb."  # begins the names of what we note in a schema
 DTYPES = ("float32", "float16")
+METADATA = "metadata"  # the column for what side-cars say
 
 def row_columns(dim: int,  # length of a vector
                 dtype: str = "float32",  # of its numbers: one of `DTYPES`
+                has_metadata: bool = False,  # whether an input has any
                 ) -> "pa.Schema":
     "Names and types of the columns."
     import pyarrow as pa
     check_choice("dtype", dtype, DTYPES)
     number = pa.float32() if dtype == "float32" else pa.float16()
-    return pa.schema({
+    columns = {
         "id": pa.string(),
         "path": pa.string(),
         "status": pa.string(),
@@ -46,10 +48,12 @@ def row_columns(dim: int,  # length of a vector
         "content_hash": pa.string(),
         "actions": pa.list_(pa.string()),
         "embedding": pa.list_(number, dim),
-    })
+    }
+    return pa.schema(columns | {METADATA: pa.string()} if has_metadata else columns)
 
 def embedding_schema(embedder: ImageEmbedder,
                      dtype: str = "float32",  # of the vectors: one of `DTYPES`
+                     has_metadata: bool = False,  # whether an input has any
                      ) -> "pa.Schema":  # what the vectors depend on stands in its metadata
     "The columns for one embedder."
     metadata = {"format": FORMAT, "fingerprint": embedder.fingerprint, "model": embedder.model_name,
@@ -59,7 +63,7 @@ def embedding_schema(embedder: ImageEmbedder,
     if embedder.receipt:
         metadata["receipt"] = json.dumps(embedder.receipt.to_dict(), sort_keys=True)
     named = {NOTE + key: value for key, value in metadata.items()}
-    return row_columns(embedder.dim, dtype).with_metadata(named)
+    return row_columns(embedder.dim, dtype, has_metadata).with_metadata(named)
 
 def schema_notes(schema: "pa.Schema") -> dict[str, str]:  # "format", "fingerprint", "model", …
     "What `embedding_schema` has noted in a schema; a `ValueError` if it is no text."
@@ -134,6 +138,7 @@ class PreparedInput:
     fetched: tuple[bytes, str] | None = None  # key and stamp, if it was fetched and may be known by them next time
     stored: StoredVector | None = None  # its vector, if there is one already
     ready: "tuple[Embedded, np.ndarray] | None" = None  # for the model
+    metadata: str | None = None  # of its side-cars
 
 def error_text(error: DevSkyyError) -> str:  # "reason: message"
     "An error as it stands in a row."
@@ -146,7 +151,7 @@ def prepare_input(item: Item,
                   find: Callable[[str], StoredVector | None],  # what there is for a hash
                   ) -> PreparedInput:
     "Read one input, and decode it if its content is new."
-    prepared = PreparedInput(item.id, item.path)
+    prepared = PreparedInput(item.id, item.path, metadata=item.metadata)
     try: data = b"" if item.content_hash else read_item(item, embedder.policy)
     except DevSkyyError as e:
         prepared.error = error_text(e)
@@ -190,7 +195,9 @@ def slice_table(rows: list[PreparedInput],
     }
     arrays = [pa.array(values, schema.field(name).type) for name, values in columns.items()]
     embedding = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), kind.list_size, mask=pa.array(failed))
-    return pa.Table.from_arrays([*arrays, embedding], schema=schema)
+    if METADATA in schema.names: metadata = [pa.array([row.metadata for row in rows], pa.string())]
+    else: metadata = []
+    return pa.Table.from_arrays([*arrays, embedding, *metadata], schema=schema)
 
 # %% ../../nbs/embedding/15_rows.ipynb #30117458
 class Claims:

@@ -19,7 +19,7 @@ import numpy as np
 
 from .._core import check_count, check_path, check_regular, format_count, read_json
 from .embedder import check_embedder, ImageEmbedder
-from .rows import noted_receipt, schema_notes
+from .rows import METADATA, noted_receipt, schema_notes
 from .vectors import as_float32
 from ..errors import DevSkyyError, FileNotFoundError, ModelLoadError, ValidationError
 from ..images.load import ImageSource, load_image
@@ -382,6 +382,10 @@ def _is_vector_column(column: "pa.DataType | None") -> bool:
     if column is None or not pa.types.is_fixed_size_list(column): return False
     return column.value_type in (pa.float32(), pa.float16()) and 1 <= column.list_size <= MOST_DIMENSIONS
 
+def _has_metadata(schema: "pa.Schema") -> bool:
+    import pyarrow as pa
+    return METADATA in schema.names and schema.field(METADATA).type == pa.string()
+
 def open_shard(path: Path) -> Shard:
     """A Parquet file of `embed_images`.
 
@@ -462,6 +466,7 @@ class FolderIndex(VectorIndex):
         self.fingerprint = first.fingerprint
         self.reference = first.reference
         self.notes = first.notes
+        self.has_metadata = True  # whether rows have a column for what side-cars say
         self.groups = [group for path in files for group in self._row_groups(path)]
         check_complete(self.folder, len(files), sum(group.rows for group in self.groups))
         self.starts = np.cumsum([0] + [group.embedded for group in self.groups])
@@ -479,6 +484,7 @@ class FolderIndex(VectorIndex):
             raise ValidationError(message, details={"fingerprints": [self.fingerprint, shard.fingerprint]})
         groups = []
         with reading(path), shard.file as file:
+            self.has_metadata = self.has_metadata and _has_metadata(file.schema_arrow)
             for number in range(file.num_row_groups):
                 rows = 0
                 embedded = 0
@@ -562,6 +568,19 @@ class FolderIndex(VectorIndex):
                 yield check_vectors(values, group.path.name, first)
                 first += len(values)
 
+    def _columns(self, rows: np.ndarray, names: list[str]) -> list[np.ndarray]:  # each of the shape of `rows`
+        "Columns of text for some rows, read from the files that hold them."
+        import pyarrow as pa
+        wanted = rows.ravel()
+        columns = [np.full(wanted.size, None) for _ in names]
+        group_of = np.searchsorted(self.starts, wanted, side="right") - 1
+        for number in np.unique(group_of).tolist():
+            at = np.flatnonzero(group_of == number)
+            table = pa.Table.from_batches(self._read(self.groups[number], names))
+            found = table.take(wanted[at] - self.starts[number])
+            for column, name in zip(columns, names): column[at] = found[name].to_numpy()
+        return [column.reshape(rows.shape) for column in columns]
+
     def names(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:  # ids, paths; of the shape of `rows`
         """What the rows are called, and where their images are; read from the files that hold them.
 
@@ -571,17 +590,19 @@ class FolderIndex(VectorIndex):
         Raises:
             ValidationError: a file cannot be read, or changed meanwhile.
         """
-        import pyarrow as pa
-        wanted = rows.ravel()
-        ids, paths = np.full((2, wanted.size), None)
-        group_of = np.searchsorted(self.starts, wanted, side="right") - 1
-        for number in np.unique(group_of).tolist():
-            at = np.flatnonzero(group_of == number)
-            table = pa.Table.from_batches(self._read(self.groups[number], ["id", "path"]))
-            found = table.take(wanted[at] - self.starts[number])
-            ids[at] = found["id"].to_numpy()
-            paths[at] = found["path"].to_numpy()
-        return ids.reshape(rows.shape), paths.reshape(rows.shape)
+        ids, paths = self._columns(rows, ["id", "path"])
+        return ids, paths
+
+    def metadata(self, rows: np.ndarray) -> np.ndarray | None:  # of the shape of `rows`; None: no such column
+        """What the side-cars of the images said, as JSON text, None where an image has none.
+
+        Returns:
+            of the shape of `rows`; None: no such column
+
+        Raises:
+            ValidationError: a file cannot be read, or changed meanwhile.
+        """
+        return self._columns(rows, [METADATA])[0] if self.has_metadata else None
 
     # %% ../../nbs/embedding/13_search.ipynb #7b64b495
     def load(self) -> VectorIndex:

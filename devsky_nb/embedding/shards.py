@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from .._core import format_count, read_json, write_atomically
 from .pool import VectorPool
-from .rows import FORMAT, noted_receipt, row_columns, schema_notes, StoredVector
+from .rows import FORMAT, METADATA, noted_receipt, row_columns, schema_notes, StoredVector
 from .search import check_vectors, open_parquet
 from ..errors import ModelLoadError, ValidationError
 
@@ -100,7 +100,7 @@ def shard_kind(shard: Path) -> VectorKind:
     try:
         with open_parquet(shard) as file: schema = file.schema_arrow
         kind = vector_kind(schema)
-        expected = row_columns(schema.field("embedding").type.list_size, kind.dtype)
+        expected = row_columns(schema.field("embedding").type.list_size, kind.dtype, METADATA in schema.names)
         if not schema.remove_metadata().equals(expected):
             raise ValueError("its columns are not ours")
     except ValidationError as e:

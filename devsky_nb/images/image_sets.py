@@ -99,7 +99,7 @@ def item_entry(item: Item, labels_from_folders: bool) -> dict:
     is_file = item.span is None and item.data is None and item.problem is None
     entry: dict[str, Any] = {"id": item.id}
     if is_file or item.path is None: entry["path"] = item.path or item.id
-    else: entry["image"] = PackedImage(item)
+    else: entry["image"] = PackedImage(replace(item, metadata=None))
     where = os.path.abspath(item.path) if is_file and item.path else item.id
     if labels_from_folders: entry["label"] = os.path.basename(os.path.dirname(where)) or name_text(Path(where).stem)
     return entry
@@ -129,6 +129,8 @@ def parts_of_folder(folder: str) -> Iterator[Item | Rows | LeftOut]:
     for table in tables:
         yield LeftOut(table.id, NOT_ASKED_FOR) if any_image else parquet_part(table.path, table.id)
 
+TEXTS_BESIDE = "the side-cars of this image, texts about it: an image set has no place for them"
+
 def set_of_parts(parts: Iterator[Item | Rows | LeftOut],
                  name: str,  # of the source, for people
                  labels_from_folders: bool,
@@ -137,8 +139,11 @@ def set_of_parts(parts: Iterator[Item | Rows | LeftOut],
     account = Account()
     entries: list[dict] = []
     for part in parts:
-        if isinstance(part, LeftOut): account.add(part)
-        else: entries += entries_of(part, labels_from_folders)
+        if isinstance(part, LeftOut):
+            account.add(part)
+            continue
+        entries += entries_of(part, labels_from_folders)
+        if isinstance(part, Item) and part.metadata is not None: account.add(LeftOut(part.id, TEXTS_BESIDE))
     check_any_input(len(entries), account, name)
     if not entries:
         raise ValidationError(f"no image files in {name!r}", details={"path": name})

@@ -37,6 +37,7 @@ class Item:
     packed: Packed | None = None  # of a member of a ZIP; `span` begins at its header then
     stamp: str | None = None  # what identifies the content of a file elsewhere, if that is known
     content_hash: str | None = None  # SHA-256, if it is known without reading
+    metadata: str | None = None  # what its side-cars say, as JSON text
 
     def __len__(self) -> int:
         return 1

@@ -6,15 +6,16 @@
 __all__ = ['TarShards']
 
 # %% ../../nbs/images/17_tars.ipynb #9d4b9c3d
-import os, re, tarfile
+import json, os, re, tarfile
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby, islice
 from typing import BinaryIO, NamedTuple
 
-from .._core import name_text
+from .._core import name_text, parse_json
 from .folders import FoundFile, named_files
 from .items import Item, LeftOut, open_regular
-from .kinds import (HEAD, HIDDEN, IMAGE, NO_IMAGE, PACKED, PARQUET, TAR, ZIP, is_hidden,
+from .kinds import (HEAD, HIDDEN, IMAGE, NO_IMAGE, PACKED, PARQUET, TAR, UNKNOWN, ZIP, is_hidden,
                     kind_by_content, kind_by_name, packing, suffix)
 from .remote import shown, stamp_of_file
 
@@ -176,10 +177,104 @@ def tar_members(f: BinaryIO) -> Iterator[Member]:  # in order
         last = f"{name!r:.200}"
         extension = Extension()
 
+# %% ../../nbs/images/17_tars.ipynb #51deca01
+NUMBERS = (".cls", ".cls2", ".class", ".count", ".id", ".index", ".inx")  # as WebDataset decodes them
+SIDE_CARS = frozenset((".json", ".txt", ".text", ".transcript", ".caption", ".xmp", *NUMBERS))
+MOST_TEXT = 2**16  # bytes of the metadata of an image
+NOT_TAKEN = (f"a side-car of an image beyond what its row takes ({MOST_TEXT:,} bytes together, one of each name): join "
+             "it by the key, the id up to the first dot of its name")
+UNREADABLE = ("a side-car of an image that is no JSON, not in UTF-8, a link, locked or damaged: mend it, and call again; "
+              "the image is read without it")
+
+class SideCar(NamedTuple):
+    "A text in an archive that may be about an image."
+    path: str  # from the top of the source
+    data: bytes = b""
+    problem: str = ""  # why it is not taken
+    kind: str = NO_IMAGE  # why it is left out if no image is beside it
+
+def may_be_side_car(path: str, kind: str) -> bool:  # `kind` as `member_kind` says it
+    "Whether a member can be a side-car of an image."
+    return kind in (NO_IMAGE, UNKNOWN) and suffix(path) in SIDE_CARS
+
+def sample_key(id: str) -> str:
+    "What WebDataset calls the key: an id up to the first dot of its last name."
+    folder, slash, name = id.rpartition("/")
+    return folder + slash + name.partition(".")[0]
+
+def field_name(path: str) -> str:
+    "What WebDataset calls the field of a member: what follows the first dot of its last name, in small letters."
+    return path.rpartition("/")[2].partition(".")[2].lower()
+
+def as_json(value: object) -> str:
+    "A value as JSON that can be written as UTF-8; a `ValueError` if it has a number that JSON has not."
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    is_text = not re.search("[\ud800-\udfff]", text)
+    return text if is_text else json.dumps(value)
+
+def field_json(name: str, data: bytes) -> str:
+    "The content of a side-car as JSON; a `ValueError` if it is not what its name says."
+    text = data.decode("utf-8-sig")
+    ending = "." + name.rpartition(".")[2]
+    if ending == ".json":
+        return as_json(parse_json(text))
+    if ending in NUMBERS and re.fullmatch(r"\s*-?[0-9]{1,18}\s*", text, re.ASCII):
+        return as_json(int(text))
+    return as_json(text)
+
+def sample_metadata(texts: list[SideCar]) -> tuple[str | None, list[LeftOut]]:
+    "The metadata of an image, and the side-cars that are not in it."
+    fields: dict[str, str] = {}
+    left_out = []
+    room = MOST_TEXT
+    for text in texts:
+        name = field_name(text.path)
+        field = ""
+        problem = text.problem
+        try:
+            field = f"{as_json(name)}: {field_json(name, text.data)}"
+        except ValueError:
+            problem = problem or UNREADABLE
+        size = len(field.encode())
+        if not problem and (name in fields or size > room):
+            problem = NOT_TAKEN
+        if problem:
+            left_out.append(LeftOut(text.path, problem))
+        else:
+            fields[name] = field
+            room -= size
+    return "{" + ", ".join(fields[name] for name in sorted(fields)) + "}" if fields else None, left_out
+
+# %% ../../nbs/images/17_tars.ipynb #e7b762e3
+MOST_BESIDE = 100  # members of a key that are looked at together
+
+def sample_parts(members: list[Item | SideCar | LeftOut],  # of one key
+                 had_image: bool,  # whether one came before them
+                 ) -> Iterator[Item | LeftOut]:
+    "Images with their metadata, and what is left out."
+    images = [member for member in members if isinstance(member, Item)]
+    texts = [member for member in members if isinstance(member, SideCar)]
+    yield from (member for member in members if isinstance(member, LeftOut))
+    if not images:
+        yield from (LeftOut(text.path, NOT_TAKEN if had_image else text.kind) for text in texts)
+        return
+    metadata, left_out = sample_metadata(texts)
+    yield from (replace(image, metadata=metadata) for image in images)
+    yield from left_out
+
+def part_key(part: Item | SideCar | LeftOut) -> str:
+    "The key of the sample that a part belongs to."
+    return sample_key(part.id if isinstance(part, Item) else part.path)
+
+def with_metadata(parts: Iterable[Item | SideCar | LeftOut]) -> Iterator[Item | LeftOut]:
+    "The same parts, sample by sample; texts beside an image are its metadata."
+    for _, sample in groupby(parts, part_key):
+        had_image = False
+        while members := list(islice(sample, MOST_BESIDE)):
+            yield from sample_parts(members, had_image)
+            had_image = had_image or any(isinstance(member, Item) for member in members)
+
 # %% ../../nbs/images/17_tars.ipynb #e7b762e1
-SIDE_CAR = ("a side-car of an image: text about it, for which rows have no column; join it by the key, "
-            "the id up to the first dot of its name")
-SIDE_CARS = frozenset((".json", ".txt", ".cls", ".cls2", ".caption", ".text", ".id", ".index", ".xmp"))
 EMPTY = "a tar without a member"
 NESTED = "an archive or a table inside a tar: unpack it first"
 
@@ -199,13 +294,23 @@ def member_kind(member: Member, name: str, f: BinaryIO) -> str:  # IMAGE, or a r
         kind = kind_by_content(f.read(min(HEAD, member.size)))
     return NESTED if kind in (PACKED, TAR, ZIP, PARQUET) else kind
 
-def tar_part(member: Member, f: BinaryIO, file: str, prefix: str, stamp: str | None) -> Item | LeftOut:
-    "One member as an input, or as left out."
+def tar_side_car(member: Member, f: BinaryIO, path: str, kind: str) -> SideCar:
+    "A member that is text."
+    if member.problem or member.size > MOST_TEXT:
+        return SideCar(path, problem=UNREADABLE if member.problem else NOT_TAKEN, kind=kind)
+    f.seek(member.offset)
+    data = f.read(member.size)
+    return SideCar(path, data, "" if len(data) == member.size else UNREADABLE, kind)
+
+def tar_part(member: Member, f: BinaryIO, file: str, prefix: str, stamp: str | None) -> Item | SideCar | LeftOut:
+    "One member as an input, as text that may be about one, or as left out."
     if member.name is None:
         problem = ("broken-tar", member.problem)
         return Item(prefix, None, (member.offset, 0), problem=problem, display_path=shown(file))
     item_id = name_text(f"{prefix}/{member.name}")
     kind = member_kind(member, member.name, f)
+    if may_be_side_car(item_id, kind):
+        return tar_side_car(member, f, item_id, kind)
     if kind != IMAGE:
         return LeftOut(item_id, kind)
     path = name_text(f"{shown(file)}/{member.name}")
@@ -214,43 +319,14 @@ def tar_part(member: Member, f: BinaryIO, file: str, prefix: str, stamp: str | N
     reason = "not-a-file" if member.problem == NO_FILE else "broken-tar"
     return Item(item_id, None, (member.offset, 0), problem=(reason, member.problem), display_path=path)
 
-# %% ../../nbs/images/17_tars.ipynb #e7b762e2
-MOST_BESIDE = 100  # side-cars of one image
-
-def sample_key(id: str) -> str:
-    "What WebDataset calls the key: an id up to the first dot of its last name."
-    folder, slash, name = id.rpartition("/")
-    return folder + slash + name.partition(".")[0]
-
-def name_side_cars(parts: Iterable[Item | LeftOut]) -> Iterator[Item | LeftOut]:
-    "The same parts; texts beside an image of the same key are called what they are."
-    texts: list[LeftOut] = []
-    key = ""
-    has_image = False
-    for part in parts:
-        id = part.id if isinstance(part, Item) else part.path
-        if sample_key(id) != key or len(texts) == MOST_BESIDE:
-            yield from (LeftOut(one.path, SIDE_CAR if has_image else one.reason) for one in texts)
-            texts = []
-            has_image = has_image and sample_key(id) == key
-            key = sample_key(id)
-        if isinstance(part, Item):
-            has_image = True
-            yield part
-        elif part.reason == NO_IMAGE and suffix(part.path) in SIDE_CARS:
-            texts.append(part)
-        else:
-            yield part
-    yield from (LeftOut(one.path, SIDE_CAR if has_image else one.reason) for one in texts)
-
 # %% ../../nbs/images/17_tars.ipynb #946319bd
 def tar_items(file: str,
               prefix: str,  # of the ids
               ) -> Iterator[Item | LeftOut]:
     "The images in a tar, by its headers, and what is left out."
-    return name_side_cars(_tar_items(file, prefix))
+    return with_metadata(_tar_items(file, prefix))
 
-def _tar_items(file: str, prefix: str) -> Iterator[Item | LeftOut]:
+def _tar_items(file: str, prefix: str) -> Iterator[Item | SideCar | LeftOut]:
     "The members of a tar, in order."
     try:
         with open_regular(file) as f:

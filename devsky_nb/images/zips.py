@@ -13,10 +13,11 @@ from typing import BinaryIO, NamedTuple
 
 from .._core import name_text
 from .folders import FoundFile, named_files
-from .items import ZIP_HEADER, Item, LeftOut, Packed, open_regular
+from .items import ZIP_HEADER, SLACK, Item, LeftOut, Packed, open_regular, unpack
 from .kinds import HEAD, HIDDEN, IMAGE, PACKED, PARQUET, TAR, ZIP, kind_by_content, kind_by_name
 from .remote import shown, stamp_of_file
-from .tars import is_hidden_path, name_side_cars
+from .tars import (MOST_TEXT, NOT_TAKEN, UNREADABLE, SideCar, is_hidden_path, may_be_side_car,
+                   with_metadata)
 
 # %% ../../nbs/images/18_zips.ipynb #f1fa0f33
 END = b"PK\5\6"
@@ -160,14 +161,18 @@ def entry_problem(entry: Entry, bytes_so_far: int, length: int) -> tuple[str, st
         return "broken-zip", "its members lie in each other or beyond its end, as in no honest ZIP"
     return None
 
-def head_of(entry: Entry, f: BinaryIO) -> bytes:
-    "The first bytes of a member; none, if they cannot be had."
+def stored_bytes(entry: Entry, f: BinaryIO, most: int) -> bytes:
+    "The first bytes of a member as it is stored; none, if they cannot be had."
     f.seek(entry.offset)
     header = f.read(ZIP_HEADER)
     if len(header) < ZIP_HEADER:
         return b""
     f.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), os.SEEK_CUR)
-    data = f.read(min(HEAD, entry.length))
+    return f.read(min(most, entry.length))
+
+def head_of(entry: Entry, f: BinaryIO) -> bytes:
+    "The first bytes of a member; none, if they cannot be had."
+    data = stored_bytes(entry, f, HEAD)
     try:
         return zlib.decompressobj(-15).decompress(data, HEAD) if entry.packed.method == 8 else data
     except zlib.error:
@@ -182,13 +187,24 @@ def entry_kind(entry: Entry, problem: tuple[str, str] | None, f: BinaryIO) -> st
         kind = problem[1] if problem else kind_by_content(head_of(entry, f))
     return NESTED_ZIP if kind in (PACKED, TAR, ZIP, PARQUET) else kind
 
+def zip_side_car(entry: Entry, is_readable: bool, f: BinaryIO, path: str, kind: str) -> SideCar:
+    "A member that is text."
+    if not is_readable:
+        return SideCar(path, problem=UNREADABLE, kind=kind)
+    if entry.packed.size > MOST_TEXT or entry.length > MOST_TEXT + SLACK:
+        return SideCar(path, problem=NOT_TAKEN, kind=kind)
+    try:
+        return SideCar(path, unpack(stored_bytes(entry, f, entry.length), entry.packed), kind=kind)
+    except ValueError:
+        return SideCar(path, problem=UNREADABLE, kind=kind)
+
 def zip_items(file: str,
               prefix: str,  # of the ids
               ) -> Iterator[Item | LeftOut]:
     "The images in a ZIP, by its directory, and what is left out."
-    return name_side_cars(_zip_items(file, prefix))
+    return with_metadata(_zip_items(file, prefix))
 
-def _zip_items(file: str, prefix: str) -> Iterator[Item | LeftOut]:
+def _zip_items(file: str, prefix: str) -> Iterator[Item | SideCar | LeftOut]:
     "The members of a ZIP, in order."
     bytes_so_far = 0
     try:
@@ -204,6 +220,9 @@ def _zip_items(file: str, prefix: str) -> Iterator[Item | LeftOut]:
                 problem = entry_problem(entry, bytes_so_far, length)
                 kind = entry_kind(entry, problem, f)
                 item_id = name_text(f"{prefix}/{entry.name}")
+                if may_be_side_car(item_id, kind):
+                    yield zip_side_car(entry, problem is None, f, item_id, kind)
+                    continue
                 if kind != IMAGE:
                     yield LeftOut(item_id, kind)
                     continue

@@ -16,7 +16,7 @@ from devsky_nb.images.kinds import HIDDEN, LIST, NO_IMAGE, PACKED, RAW, UNKNOWN
 from devsky_nb.images.lists import ListedImages
 from devsky_nb.images.sources import AnyImages, open_source, slices
 from devsky_nb.images.tables import ParquetImages
-from devsky_nb.images.tars import EMPTY, NESTED, SIDE_CAR, TarShards
+from devsky_nb.images.tars import EMPTY, NESTED, TarShards
 
 
 def image(format="JPEG"):
@@ -155,14 +155,6 @@ def test_members_are_judged_like_files(tmp_path):
     assert ids == ["s.tar/./a.jpg", "s.tar/b", "s.tar/f.jpg?w=1"]
     assert left == {UNKNOWN: ["s.tar/c"], NO_IMAGE: ["s.tar/d.json"], HIDDEN: ["s.tar/__MACOSX/._a.jpg", "s.tar/.x/e.jpg"],
                     NESTED: ["s.tar/more.tar", "s.tar/more.zip"]}
-
-
-def test_side_cars_of_an_image_are_called_what_they_are(tmp_path):
-    make_tar(tmp_path / "s.tar", [("a/1.cls", b"7"), ("a/1.front.jpg", image()), ("a/1.json", b"{}"), ("a/2.txt", b"alone"), ("a/3.jpg", image()), ("b/3.txt", b"elsewhere"), ("4.txt", b""), ("4.npy", b""),
-                                  ("4.png", image()), *((f"5.{n}.txt", b"") for n in range(250)), ("5.jpg", image())])
-    ids, left = account(tmp_path / "s.tar")
-    assert ids == ["s.tar/a/1.front.jpg", "s.tar/a/3.jpg", "s.tar/4.png", "s.tar/5.jpg"]
-    assert left[SIDE_CAR][:3] == ["s.tar/a/1.cls", "s.tar/a/1.json", "s.tar/4.txt"] and {"s.tar/a/2.txt", "s.tar/b/3.txt", "s.tar/4.npy"} <= set(left[NO_IMAGE])
 
 
 def test_members_of_one_name_have_a_row_each(tmp_path):
