@@ -30,6 +30,10 @@ def label_settings(label: str,  # one of `FORMATS[backend]`
                    ) -> dict:
     "The settings of a format for one network."
     check_choice("backend", backend, FORMATS)
+    others = " or ".join(repr(name) for name, formats in FORMATS.items() if label in formats)
+    if others and label not in FORMATS[backend]:
+        raise ValidationError(f"quantize={label!r} needs backend={others}, and not {backend!r}",
+                              details={"quantize": label, "backend": backend})
     check_choice("quantize", label, FORMATS[backend])
     if backend != "bitsandbytes": return {"backend": backend, "format": label, "modules_to_not_convert": list(skip)}
     quant_type, _, double = label.partition("-")

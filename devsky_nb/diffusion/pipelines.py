@@ -116,7 +116,10 @@ def settings_by_component(quantize: Quantize,
                           ) -> dict[str, dict]:
     "What is to be quantized, and how."
     check_choice("backend", backend, FORMATS)
-    if quantize is None: return {}
+    if quantize is None and backend == "bitsandbytes": return {}
+    if quantize is None:
+        raise ValidationError(f"backend={backend!r} does nothing without quantize=, one of {', '.join(FORMATS[backend])}",
+                              details={"backend": backend})
     if isinstance(quantize, str):
         settings = label_settings(quantize, backend, dtype, skip)
         chosen = default_components(folder, dtype)

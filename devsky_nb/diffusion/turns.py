@@ -95,6 +95,10 @@ def undisturbed(pipeline: "DiffusionPipeline",
                 loras: Mapping[str, float] = {},  # weights of those to draw with, besides the pipeline's own
                 ) -> Iterator[None]:
     "Leave a pipeline as it was, whatever happens."
+    if scheduler is not None and not hasattr(scheduler, "set_timesteps"):
+        raise ValidationError(f"scheduler is a {type(scheduler).__name__}: give one of diffusers, such as "
+                              "EulerDiscreteScheduler.from_config(pipeline.scheduler.config)",
+                              details={"scheduler": type(scheduler).__name__})
     before = state_of(pipeline)
     bar = dict(getattr(pipeline, "_progress_bar_config", {}))
     pipeline.scheduler = copy.deepcopy(scheduler or before.scheduler)

@@ -367,6 +367,15 @@ def test_the_constructor_refuses_what_makes_no_sense(given, words, tmp_path):
 
 # --- from a terminal
 
+def test_a_kept_copy_is_announced_when_it_is_made_and_not_again(tmp_path, capsys):
+    command = ["generate", "a red dress", "--model", "tiny-sdxl", "--device", "cpu", "--steps", "1", "--out", str(tmp_path), "--cache-dir", str(tmp_path / "hub")]
+    said = []
+    for more in ([], [], ["--quiet"]):
+        assert main([*command, *more]) == 0
+        said.append("kept for the next time: tiny-sdxl-nf4-dq-" in capsys.readouterr().err)
+    assert said == [True, False, False]
+
+
 @pytest.mark.slow
 def test_the_command_draws_with_any_pipeline_and_from_images(folders, tmp_path, capsys):
     PHOTO.save(tmp_path / "photo.png")
