@@ -19,7 +19,7 @@ run: .venv/run  ## the demo: a catalogue with broken files, embedded and validat
 
 test: .venv/dev  ## export and clean leave no diff, every notebook runs, pytest passes
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10 -m "not slow"
-	printf '%s\n' cuda mps | OMP_NUM_THREADS=1 xargs -P 2 -I GPU python -m pytest -q -m device --pretend GPU $$(grep -rl --include='*.py' mark.device tests)
+	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist worksteal -m device --pretend cuda $$(grep -rl --include='*.py' mark.device tests)
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 nbdev_test --path nbs --n_workers 2 --timing
 
 test-min: .venv-min/done  ## the tests with the oldest libraries that settings.ini allows
@@ -30,7 +30,7 @@ types: .venv/dev  ## a type checker over the package and over a program that use
 
 slow: .venv/slow  ## the tests that take long: killed clusters, the built wheel, memory that must come back, compiled code, every trace
 	OMP_NUM_THREADS=1 python -m pytest -q --numprocesses 2 --dist loadfile --durations 5 -m slow
-	OMP_NUM_THREADS=1 python -m pytest -q -m device --pretend cuda:2 $$(grep -rl --include='*.py' mark.device tests)
+	printf '%s\n' cuda:2 mps | OMP_NUM_THREADS=1 xargs -P 2 -I GPU python -m pytest -q -m device --pretend GPU $$(grep -rl --include='*.py' mark.device tests)
 
 docs: .venv/docs  ## the site, from the executed notebooks: _docs/index.html
 	OMP_NUM_THREADS=1 python tools/docs.py

@@ -15,9 +15,7 @@ def entries(key: str) -> list[str]:
     return cfg[key].split("\n")[1:]
 
 
-extras = {extra: entries(f"{extra}_requirements")
-          for extra in ("diffusion", "ui", "ray", "open_clip", "torchao", "gguf", "remote", "heif", "faiss", "usearch", "lancedb",
-                        "qdrant", "dev", "slow", "bench", "lab", "docs", "browser")}
+extras = {key.removesuffix("_requirements"): entries(key) for key in cfg if key.endswith("_requirements")}
 extras["all"] = [line for extra in ("diffusion", "ui", "ray") for line in extras[extra]]
 
 setup(
