@@ -688,6 +688,15 @@ def quantize_as(args: argparse.Namespace) -> str | None:
     return None if asked == "none" else asked
 
 # %% ../nbs/03_cli.ipynb #624ce848
+def unused(path: Path) -> Path:
+    "A name that no file has yet, so that no image of an earlier call is lost."
+    free = path
+    again = 1
+    while free.exists():
+        again += 1
+        free = path.with_stem(f"{path.stem}-{again}")
+    return free
+
 @command(generate_options)
 def generate(args: argparse.Namespace) -> int:
     "Draw images with SDXL, FLUX or another pipeline, quantized to 4 bits unless said otherwise."
@@ -708,13 +717,15 @@ def generate(args: argparse.Namespace) -> int:
     devsky_nb.PipelineGenerator.check(args.model, prompts, **asked, **hub)
     files = []
     with devsky_nb.PipelineGenerator(args.model, quantize, args.backend, args.device, **hub) as generator:
+        report = getattr(generator.pipeline, "load_report", None)
+        if report and report.checkpoint and not report.from_checkpoint and not args.quiet:
+            tell(f"What was quantized is kept for the next time: {Path(report.checkpoint).name}. devsky cache report lists it")
         stream = generator.generate_stream(prompts, batch_size=args.batch_size, progress=not args.quiet, **asked)
         for number, image in enumerate(stream, 1):
-            path = args.out / f"{number:03}-{image.info['seed']}.png"
+            path = unused(args.out / f"{number:03}-{image.info['seed']}.png")
             write_atomically(path, lambda file: image.save(file, "PNG"))
             files.append({"path": str(path), "prompt": image.info["prompt"]})
             if not args.json: say(f"{path}  {image.info['prompt']}")
-        report = getattr(generator.pipeline, "load_report", None)
         if args.json: emit({"files": files, "load": report and report.to_dict()}, True)
     return 0
 

@@ -39,6 +39,9 @@ SEARCH_WORDS = {  # what people call the thing, where a page has other words for
     "tutorials/four_bits_in_images": "4 bits cost quality quantization nf4 compare difference",
     "tutorials/keep_a_cache_healthy": "cache disk space full delete evict offline prune verify checksum corrupt download hf_home",
     "tutorials/review_code": "lint linter doctor ci pre-commit check code review scan",
+    "diffusion/generation": "image-to-image img2img inpainting inpaint mask flux draw generate image from image",
+    "diffusion/lora": "lora adapter fine-tuned style weights load quantized",
+    "images/tars": "webdataset captions side-cars metadata tar shards json txt cls",
 }
 
 

@@ -228,7 +228,7 @@ def test_a_fetch_ends_with_whoever_wanted_it(end, online, tmp_path):
 def test_the_limits_are_options_of_the_command(tmp_path):
     env = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     with LyingHub({"file": "drip", "headers": {"X-Linked-Size": "10000000"}}) as hub:
-        for option, message in ((["--max-bytes", "1kB"], "it has 6.9 KiB, more than 1000 B (max_bytes=)"), (["--timeout", "3"], "not fetched within 3 s (timeout=)")):
+        for option, message in ((["--max-bytes", "1kB"], "it has 6.9 KiB, more than 1000 B (--max-bytes)"), (["--timeout", "3"], "not fetched within 3 s (--timeout)")):
             command = [sys.executable, "-c", "import sys; from devsky_nb.cli import main; sys.exit(main())", "models", "prefetch", "shop/clip", "--cache-dir", str(tmp_path / "hub"), *option]
             done = subprocess.run(command, capture_output=True, text=True, env=env | {"HF_ENDPOINT": hub.address}, timeout=200)
             assert message in done.stderr and "Traceback" not in done.stderr
