@@ -209,7 +209,7 @@ def test_planner_follows_its_controls(planner):
     assert ("1024² own", 0) in planner.controls.size.options
 
 def test_planner_says_when_nothing_fits():
-    planner = memory_planner("sdxl-base", "500MB").wait()
+    planner = memory_planner("sdxl-base", "500MB").wait(600)
     assert "nothing fits. The least is" in planner.verdict.value
     assert planner.ranked.options == ()
     assert "✗" in planner.plot.value
@@ -236,9 +236,9 @@ def test_planner_takes_models_and_revisions_of_its_registry(tmp_path):
     make_repo(tmp_path, "shop/clip", files, refs={"main": NEW})
     registry = ModelRegistry(tmp_path, offline=True)
     registry.register(ModelSpec("ours", "shop/clip", "clip"))
-    planner = memory_planner("ours", "1GB", registry=registry).wait()
+    planner = memory_planner("ours", "1GB", registry=registry).wait(600)
     assert "ours" in planner.controls.model.options
-    old = memory_planner("ours", "1GB", registry=registry, revision=OLD).wait()
+    old = memory_planner("ours", "1GB", registry=registry, revision=OLD).wait(600)
     assert old.options[0].estimate.peak_allocated > planner.options[0].estimate.peak_allocated
     old.controls.model.value = "tiny-clip"  # the revision is not one of this model
     assert old.wait().error is None
