@@ -255,7 +255,7 @@ def check_removed(removed: int, earlier: EarlierWork, plan: SourcePlan, out: Pat
     if was_renamed: return
     message = (f"{str(out)!r} has {format_count(earlier.rows, 'row')}, of which {removed:,} are not among the "
                f"{format_count(plan.total, 'input')} of this source: was it made of another one? Choose another folder, or "
-               "remove them with prune=True (--prune); vectors of the same content are used again")
+               "remove them with prune=True; vectors of the same content are used again")
     raise ValidationError(message, details={"out": str(out), "rows": earlier.rows, "removed": removed})
 
 def would_be_read(out: Path, path: str) -> bool:

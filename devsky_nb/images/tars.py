@@ -185,13 +185,14 @@ NOT_TAKEN = (f"a side-car of an image beyond what its row takes ({MOST_TEXT:,} b
              "it by the key, the id up to the first dot of its name")
 UNREADABLE = ("a side-car of an image that is no JSON, not in UTF-8, a link, locked or damaged: mend it, and call again; "
               "the image is read without it")
+APART = ("a text with no image of its name beside it: if it is about one, pack them together, as `tar --sort=name` and "
+         "WebDataset do")
 
 class SideCar(NamedTuple):
     "A text in an archive that may be about an image."
     path: str  # from the top of the source
     data: bytes = b""
     problem: str = ""  # why it is not taken
-    kind: str = NO_IMAGE  # why it is left out if no image is beside it
 
 def may_be_side_car(path: str, kind: str) -> bool:  # `kind` as `member_kind` says it
     "Whether a member can be a side-car of an image."
@@ -256,7 +257,7 @@ def sample_parts(members: list[Item | SideCar | LeftOut],  # of one key
     texts = [member for member in members if isinstance(member, SideCar)]
     yield from (member for member in members if isinstance(member, LeftOut))
     if not images:
-        yield from (LeftOut(text.path, NOT_TAKEN if had_image else text.kind) for text in texts)
+        yield from (LeftOut(text.path, NOT_TAKEN if had_image else APART) for text in texts)
         return
     metadata, left_out = sample_metadata(texts)
     yield from (replace(image, metadata=metadata) for image in images)
@@ -294,13 +295,13 @@ def member_kind(member: Member, name: str, f: BinaryIO) -> str:  # IMAGE, or a r
         kind = kind_by_content(f.read(min(HEAD, member.size)))
     return NESTED if kind in (PACKED, TAR, ZIP, PARQUET) else kind
 
-def tar_side_car(member: Member, f: BinaryIO, path: str, kind: str) -> SideCar:
+def tar_side_car(member: Member, f: BinaryIO, path: str) -> SideCar:
     "A member that is text."
     if member.problem or member.size > MOST_TEXT:
-        return SideCar(path, problem=UNREADABLE if member.problem else NOT_TAKEN, kind=kind)
+        return SideCar(path, problem=UNREADABLE if member.problem else NOT_TAKEN)
     f.seek(member.offset)
     data = f.read(member.size)
-    return SideCar(path, data, "" if len(data) == member.size else UNREADABLE, kind)
+    return SideCar(path, data, "" if len(data) == member.size else UNREADABLE)
 
 def tar_part(member: Member, f: BinaryIO, file: str, prefix: str, stamp: str | None) -> Item | SideCar | LeftOut:
     "One member as an input, as text that may be about one, or as left out."
@@ -310,7 +311,7 @@ def tar_part(member: Member, f: BinaryIO, file: str, prefix: str, stamp: str | N
     item_id = name_text(f"{prefix}/{member.name}")
     kind = member_kind(member, member.name, f)
     if may_be_side_car(item_id, kind):
-        return tar_side_car(member, f, item_id, kind)
+        return tar_side_car(member, f, item_id)
     if kind != IMAGE:
         return LeftOut(item_id, kind)
     path = name_text(f"{shown(file)}/{member.name}")

@@ -187,16 +187,16 @@ def entry_kind(entry: Entry, problem: tuple[str, str] | None, f: BinaryIO) -> st
         kind = problem[1] if problem else kind_by_content(head_of(entry, f))
     return NESTED_ZIP if kind in (PACKED, TAR, ZIP, PARQUET) else kind
 
-def zip_side_car(entry: Entry, is_readable: bool, f: BinaryIO, path: str, kind: str) -> SideCar:
+def zip_side_car(entry: Entry, is_readable: bool, f: BinaryIO, path: str) -> SideCar:
     "A member that is text."
     if not is_readable:
-        return SideCar(path, problem=UNREADABLE, kind=kind)
+        return SideCar(path, problem=UNREADABLE)
     if entry.packed.size > MOST_TEXT or entry.length > MOST_TEXT + SLACK:
-        return SideCar(path, problem=NOT_TAKEN, kind=kind)
+        return SideCar(path, problem=NOT_TAKEN)
     try:
-        return SideCar(path, unpack(stored_bytes(entry, f, entry.length), entry.packed), kind=kind)
+        return SideCar(path, unpack(stored_bytes(entry, f, entry.length), entry.packed))
     except ValueError:
-        return SideCar(path, problem=UNREADABLE, kind=kind)
+        return SideCar(path, problem=UNREADABLE)
 
 def zip_items(file: str,
               prefix: str,  # of the ids
@@ -221,7 +221,7 @@ def _zip_items(file: str, prefix: str) -> Iterator[Item | SideCar | LeftOut]:
                 kind = entry_kind(entry, problem, f)
                 item_id = name_text(f"{prefix}/{entry.name}")
                 if may_be_side_car(item_id, kind):
-                    yield zip_side_car(entry, problem is None, f, item_id, kind)
+                    yield zip_side_car(entry, problem is None, f, item_id)
                     continue
                 if kind != IMAGE:
                     yield LeftOut(item_id, kind)

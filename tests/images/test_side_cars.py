@@ -6,9 +6,9 @@ from hypothesis import given, settings, strategies as st
 
 from devsky_nb.images.image_sets import read_image_set, TEXTS_BESIDE
 from devsky_nb.images.items import Item, LeftOut
-from devsky_nb.images.kinds import NO_IMAGE, UNKNOWN
+from devsky_nb.images.kinds import NO_IMAGE
 from devsky_nb.images.sources import open_source
-from devsky_nb.images.tars import MOST_BESIDE, MOST_TEXT, NOT_TAKEN, UNREADABLE, SideCar, with_metadata
+from devsky_nb.images.tars import APART, MOST_BESIDE, MOST_TEXT, NOT_TAKEN, UNREADABLE, SideCar, with_metadata
 
 
 def make_tar(path, members):
@@ -48,7 +48,7 @@ def test_what_webdataset_makes_of_side_cars_in_any_order(make, tmp_path):
     first = {"cls": 7, "json": {"b": [1.5, None], "a": "ö"}, "front.json": []}
     images, left = read(make(tmp_path / "s", members))
     assert images == {"a/1.front.jpg": first, "a/1.back.JPG": first, "a/2.jpg": {"txt": "ein Kleid\n"}, "a/3.jpg": None, "4.png": {"txt": "before", "cls": "n01440764"}, "6.webp": {"index": -3, "id": 123}}
-    assert left == {"b/3.txt": NO_IMAGE, "4.npy": NO_IMAGE, "5.txt": NO_IMAGE, "7.id": UNKNOWN}
+    assert left == {"b/3.txt": APART, "4.npy": NO_IMAGE, "5.txt": APART, "7.id": APART}
     assert read(make(tmp_path / "t", members[::-1])) == (images, left)
 
 

@@ -16,7 +16,7 @@ from devsky_nb.images.kinds import HIDDEN, LIST, NO_IMAGE, PACKED, RAW, UNKNOWN
 from devsky_nb.images.lists import ListedImages
 from devsky_nb.images.sources import AnyImages, open_source, slices
 from devsky_nb.images.tables import ParquetImages
-from devsky_nb.images.tars import EMPTY, NESTED, TarShards
+from devsky_nb.images.tars import APART, EMPTY, NESTED, TarShards
 
 
 def image(format="JPEG"):
@@ -153,7 +153,7 @@ def test_members_are_judged_like_files(tmp_path):
                                   ("more.tar", b""), ("more.zip", b""), ("f.jpg?w=1", image())])
     ids, left = account(tmp_path / "s.tar")
     assert ids == ["s.tar/./a.jpg", "s.tar/b", "s.tar/f.jpg?w=1"]
-    assert left == {UNKNOWN: ["s.tar/c"], NO_IMAGE: ["s.tar/d.json"], HIDDEN: ["s.tar/__MACOSX/._a.jpg", "s.tar/.x/e.jpg"],
+    assert left == {UNKNOWN: ["s.tar/c"], APART: ["s.tar/d.json"], HIDDEN: ["s.tar/__MACOSX/._a.jpg", "s.tar/.x/e.jpg"],
                     NESTED: ["s.tar/more.tar", "s.tar/more.zip"]}
 
 

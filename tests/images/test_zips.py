@@ -9,9 +9,10 @@ from PIL import Image
 from devsky_nb.embedding.plan import SourcePlan
 from devsky_nb.errors import DevSkyyError, ValidationError
 from devsky_nb.images.items import Item, LeftOut, read_item
-from devsky_nb.images.kinds import HIDDEN, NO_IMAGE, UNKNOWN
+from devsky_nb.images.kinds import HIDDEN, UNKNOWN
 from devsky_nb.images.policy import ImagePolicy
 from devsky_nb.images.sources import open_source
+from devsky_nb.images.tars import APART
 from devsky_nb.images.zips import EMPTY_ZIP, NESTED_ZIP, zip_items
 
 POLICY = ImagePolicy(max_bytes=1_000_000)
@@ -57,7 +58,7 @@ def test_strange_members_are_ids_and_no_more(tmp_path):
     assert [(i.id.removeprefix("s.zip/"), outcome(i)) for i in items] == [
         ("/etc/abs.jpg", b"abs"), ("../../up.jpg", b"up"), ("link.jpg", "not-a-file"), ("a/b.jpg", b"windows"), ("größe.png", b"utf"), ("noname", image()), ("a.jpg?w=1", image(7)), ("n" * 60000 + ".jpg", b"long")]
     assert [(one.path.removeprefix("s.zip/"), one.reason) for one in left] == [
-        ("__MACOSX/._a.jpg", HIDDEN), (".git/a.jpg", HIDDEN), ("more.zip", NESTED_ZIP), ("more.tar", NESTED_ZIP), ("t.parquet", NESTED_ZIP), ("notes.txt", NO_IMAGE), ("README", UNKNOWN)]
+        ("__MACOSX/._a.jpg", HIDDEN), (".git/a.jpg", HIDDEN), ("more.zip", NESTED_ZIP), ("more.tar", NESTED_ZIP), ("t.parquet", NESTED_ZIP), ("notes.txt", APART), ("README", UNKNOWN)]
     assert items == pickle.loads(pickle.dumps(items)) and sorted(os.listdir(tmp_path)) == before
 
 
