@@ -254,7 +254,8 @@ def on_one_line(text: str) -> str:
     words = " ".join(text.split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
-OTHER_NAMES = {"num_inference_steps": "--steps", "guidance_scale": "--guidance"}  # than that of the argument
+OTHER_NAMES = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "true_cfg_scale": "--true-cfg",
+               "mask_image": "--mask"}  # than that of the argument
 OTHER_WORDS = {"resume=False": "--anew"}
 
 def as_options(text: str, args: argparse.Namespace) -> str:
