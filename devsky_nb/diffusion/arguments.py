@@ -143,6 +143,7 @@ def check_prompt_length(pipeline: "DiffusionPipeline",
 # %% ../../nbs/diffusion/11_arguments.ipynb #615cf9b4
 SIZES = (64, 2048)  # pixels a side
 SEEDS = (0, 2**32 - 1)
+STEPS = 1000  # at most
 
 @dataclass(frozen=True)
 class ImageSettings:
@@ -160,6 +161,29 @@ def own_size(pipeline: "StableDiffusionXLPipeline") -> int:  # pixels a side
     return pipeline.default_sample_size * pipeline.vae_scale_factor
 
 # %% ../../nbs/diffusion/11_arguments.ipynb #f539e28c
+def check_prompt(prompt: object) -> str:  # `prompt`
+    "A text that says something."
+    text = check_text("prompt", prompt)
+    if text.strip(): return text
+    raise ValidationError(f"prompt must be a non-empty string, not {prompt!r:.60}",
+                          details={"argument": "prompt", "provided": "empty"})
+
+def check_prompts(pipeline: Any, prompt: object, negative_prompt: object) -> None:
+    "Refuse texts that cannot be encoded, or that would be cut."
+    text = check_prompt(prompt)
+    if negative_prompt is not None:
+        check_prompt_length(pipeline, "negative_prompt", check_text("negative_prompt", negative_prompt))
+    check_prompt_length(pipeline, "prompt", text)
+
+def check_seed(seed: object) -> int:  # None: draw one
+    "A seed that no other one equals."
+    lowest, highest = SEEDS
+    return check_count("seed", secrets.randbelow(highest + 1) if seed is None else seed, lowest, highest)
+
+def most_steps(pipeline: Any) -> int:
+    "How many steps a scheduler has at most."
+    return min(STEPS, pipeline.scheduler.config.get("num_train_timesteps", STEPS))
+
 def make_settings(pipeline: "StableDiffusionXLPipeline",
                   prompt: str,
                   negative_prompt: str | None = None,
@@ -170,20 +194,12 @@ def make_settings(pipeline: "StableDiffusionXLPipeline",
                   seed: int | None = None,  # None: draw one
                   ) -> ImageSettings:
     "Check everything that an image is made from."
-    if not check_text("prompt", prompt).strip():
-        raise ValidationError(f"prompt must be a non-empty string, not {prompt!r:.60}",
-                              details={"argument": "prompt", "provided": "empty"})
-    if negative_prompt is not None:
-        check_prompt_length(pipeline, "negative_prompt", check_text("negative_prompt", negative_prompt))
-    check_prompt_length(pipeline, "prompt", prompt)
-    most_steps = min(1000, pipeline.scheduler.config.num_train_timesteps)
+    check_prompts(pipeline, prompt, negative_prompt)
     own = own_size(pipeline)
-    lowest_seed, highest_seed = SEEDS
-    if seed is None: seed = secrets.randbelow(highest_seed + 1)
     return ImageSettings(
         prompt=prompt, negative_prompt=negative_prompt,
-        num_inference_steps=check_count("num_inference_steps", num_inference_steps, 1, most_steps),
+        num_inference_steps=check_count("num_inference_steps", num_inference_steps, 1, most_steps(pipeline)),
         guidance_scale=check_guidance(guidance_scale, negative_prompt),
         width=check_count("width", own if width is None else width, *SIZES, multiple=64),
         height=check_count("height", own if height is None else height, *SIZES, multiple=64),
-        seed=check_count("seed", seed, lowest_seed, highest_seed))
+        seed=check_seed(seed))

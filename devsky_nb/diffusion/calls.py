@@ -6,20 +6,17 @@
 __all__ = []
 
 # %% ../../nbs/diffusion/12_calls.ipynb #19c10002
-import inspect, secrets
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isqrt
-from typing import Any, TYPE_CHECKING
+from typing import Any
 
 from .._core import check_count, check_number
-from .arguments import check_prompt_length, check_text, ImageSettings, SEEDS
+from .arguments import check_prompt, check_seed, ImageSettings, most_steps, STEPS
 from ..errors import ValidationError
 from ..hub.load import quiet
-
-if TYPE_CHECKING:
-    from diffusers import DiffusionPipeline
 
 # %% ../../nbs/diffusion/12_calls.ipynb #19c10005
 def call_defaults(cls: type) -> dict[str, Any]:  # by name; `inspect.Parameter.empty`: it must be given
@@ -207,25 +204,10 @@ def told_of(index: int) -> Iterator[None]:
     except ValidationError as e:
         raise ValidationError(f"prompt {index}: {e.message}", details=e.details | {"index": index}, original_error=e)
 
-def check_prompts(pipeline: "DiffusionPipeline", prompt: object, negative_prompt: object) -> None:
-    "Refuse texts that cannot be encoded, or that would be cut."
-    if not check_text("prompt", prompt).strip():
-        raise ValidationError(f"prompt must be a non-empty string, not {prompt!r:.60}",
-                              details={"argument": "prompt", "provided": "empty"})
-    if negative_prompt is not None:
-        check_prompt_length(pipeline, "negative_prompt", check_text("negative_prompt", negative_prompt))
-    check_prompt_length(pipeline, "prompt", check_text("prompt", prompt))
-
 def check_steps(pipeline: Any, steps: object) -> int:
     "A number of steps that a scheduler has; None: the pipeline's own."
-    most = min(1000, pipeline.scheduler.config.get("num_train_timesteps", 1000))
     own = call_defaults(type(pipeline))["num_inference_steps"]
-    return check_count("num_inference_steps", own if steps is None else steps, 1, most)
-
-def check_seed(seed: object) -> int:  # None: draw one
-    "A seed that no other one equals."
-    lowest, highest = SEEDS
-    return check_count("seed", secrets.randbelow(highest + 1) if seed is None else seed, lowest, highest)
+    return check_count("num_inference_steps", own if steps is None else steps, 1, most_steps(pipeline))
 
 def check_values(prompts: object,
                  seeds: object,
@@ -240,11 +222,10 @@ def check_values(prompts: object,
         raise ValidationError(message, details={"argument": "seeds", "prompts": len(prompts)})
     for index, prompt in enumerate(prompts):
         with told_of(index):
-            if not check_text("prompt", prompt).strip():
-                raise ValidationError(f"prompt must be a non-empty string, not {prompt!r:.60}",
-                                      details={"argument": "prompt", "provided": "empty"})
+            check_prompt(prompt)
             if seeds is not None: check_seed(seeds[index])
     for name, value in numbers.items():
         if value is None: continue
-        if name in ("width", "height", "num_inference_steps"): check_count(name, value, 1, LARGEST)
+        if name == "num_inference_steps": check_count(name, value, 1, STEPS)
+        elif name in ("width", "height"): check_count(name, value, 1, LARGEST)
         else: check_number(name, value, 0, 1 if name == "strength" else None)

@@ -9,7 +9,7 @@ __all__ = []
 import inspect, logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, ExitStack
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
@@ -99,9 +99,9 @@ def seeded_steps(scheduler: Any, generator: Any) -> Iterator[None]:
     with replaced(scheduler, "step", seeded): yield
 
 def draw_batch(pipeline: Any,  # of the jobs' class
-         batch: list[Job],  # alike but for prompt and seed
-         on_step: Callable[["torch.Tensor"], None] = lambda latents: None,  # sees the latents after each step
-         ) -> list[Image.Image]:
+               batch: list[Job],  # alike but for prompt and seed
+               on_step: Callable[["torch.Tensor"], None] = lambda latents: None,  # sees the latents after each step
+               ) -> list[Image.Image]:
     "Draw a batch by the pipeline's own call."
     import torch
     first = batch[0]
@@ -174,6 +174,7 @@ def vae_in_stages(pipeline: Any, stage: Stage) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(replaced(vae, "encode", lambda method: in_stage(vae, method, "encoding", stage)))
+        stack.enter_context(replaced(vae, "to", lambda method: partial(torch.nn.Module.to, vae)))  # diffusers' own warns in vain
         stack.enter_context(replaced(vae, "decode", lambda method: in_stage(vae, method, "decoding", stage)))
         if hasattr(pipeline, "upcast_vae"):
             stack.enter_context(replaced(pipeline, "upcast_vae", lambda method: lambda: stage("decoding", upcast)))

@@ -50,7 +50,8 @@ def choose_file(names: Iterable[str], where: str) -> str:
     listed = sorted(names)
     found = [name for name in listed if name.endswith(SUFFIX)]
     usual = [name for name in found if PurePosixPath(name).name in USUAL]
-    if len(found) == 1 or len(usual) == 1: return found[0] if len(found) == 1 else usual[0]
+    for only in (found, usual):
+        if len(only) == 1: return only[0]
     details = {"where": where, "files": found}
     if found:
         raise ValidationError(f"{where} has {len(found)} files of safetensors: name one, such as file={found[0]!r}",
@@ -143,13 +144,18 @@ def read_header(path: Path) -> tuple[list[str], dict[str, str]]:  # names of the
         with safe_open(path, framework="np") as f: return list(f.keys()), f.metadata() or {}
     except (OSError, SafetensorError) as e: raise damaged(path, e, AGAIN)
 
+def names_layers(value: Any) -> bool:
+    "Whether a setting lists layers by their names, or has a positive number for each."
+    if not isinstance(value, list | dict): return False
+    numbers = value.values() if isinstance(value, dict) else ()
+    if not all(isinstance(number, int | float) and 0 < number < inf for number in numbers): return False
+    return all(isinstance(name, str) and LAYER_NAME.fullmatch(name) for name in value)
+
 def setting_problem(name: str, value: Any) -> str | None:  # None: there is none
     "What is wrong with a setting of peft in a file."
     if name == "r": ok = is_integer(value) and 0 < value <= 4096
     elif name in ("lora_alpha", "lora_dropout"): ok = isinstance(value, int | float) and isfinite(value)
-    elif name in ("target_modules", "rank_pattern", "alpha_pattern"):
-        ok = isinstance(value, list | dict) and all(isinstance(name, str) and LAYER_NAME.fullmatch(name) for name in value)
-        if ok and isinstance(value, dict): ok = all(isinstance(n, int | float) and 0 < n < inf for n in value.values())
+    elif name in ("target_modules", "rank_pattern", "alpha_pattern"): ok = names_layers(value)
     else: ok = name in FREE_SETTINGS or value in (None, False, {}, [], "", *PLAIN_SETTINGS.get(name, ()))
     return None if ok else f"{name} is {value!r:.60}"
 
@@ -245,8 +251,8 @@ def check_taken(pipeline: Any, adapter: str, counts: Mapping[str, int]) -> None:
         layers = adapter_layers(getattr(pipeline, name))
         taken = sum(len(adapter_tensors(layer, adapter)) for layer in layers)
         if taken == counts.get(name, 0): continue
-        raise ModelLoadError(f"{name} has taken {taken:,} of its {counts.get(name, 0):,} tensors: it is for a model with "
-                             "other layers, or not whole")
+        raise refused_lora(pipeline, f"{name} has taken {taken:,} of its {counts.get(name, 0):,} tensors: it is for a model "
+                           "with other layers, or not whole")
 
 def uncast(pipeline: Any, adapter: str, tensors: "Mapping[str, torch.Tensor]", instead: Mapping[str, str]) -> None:
     "Give an adapter its own numbers where peft has cast them to a layer's 8 bits."
@@ -279,14 +285,6 @@ def restore_adapters(pipeline: object, state: Mapping[Any, LayerState]) -> None:
         layer.scaling.update({name: value for name, value in scaling.items() if name in layer.scaling})
         layer.enable_adapters(not disabled)
         layer.set_adapter([name for name in names if name in layer.scaling], inference_mode=True)
-
-def use_adapters(pipeline: object, weights: Mapping[str, float]) -> None:
-    "Have a pipeline draw with these adapters and no others."
-    for layer in adapter_layers(pipeline):
-        names = [name for name in weights if name in layer.scaling]
-        for name in names: layer.set_scale(name, weights[name])
-        layer.enable_adapters(True)
-        layer.set_adapter(names, inference_mode=True)
 
 def turn_on(pipeline: object, adapter: str, weight: float) -> None:
     "Have a pipeline draw with one more adapter."
@@ -435,9 +433,9 @@ def put_in(pipeline: Any,
             check_taken(pipeline, adapter, counts)
             uncast(pipeline, adapter, tensors, instead)
             if structure.lost(pipeline):
-                raise ModelLoadError("it would replace layers of the network, as a control LoRA does")
+                raise refused_lora(pipeline, "it would replace layers of the network, as a control LoRA does")
             if identity_of(found.path.stat()) != identity:
-                raise ModelLoadError("the file was changed while it was read")
+                raise refused_lora(pipeline, "the file was changed while it was read")
             record = note_record(pipeline, found, name, adapter, weight, digest)
             restore_adapters(pipeline, before)
             if in_force: turn_on(pipeline, adapter, weight)

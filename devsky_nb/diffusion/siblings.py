@@ -14,10 +14,10 @@ from typing import Any, TYPE_CHECKING
 from PIL import ExifTags, Image
 
 from .._core import check_number
-from .arguments import ImageSettings
-from .calls import (call_defaults, call_options, check_negative, check_prompts, check_seed, check_size,
-                    check_steps, guidance_of, objection, PipelineSettings, refuse_idle, size_multiple,
-                    true_guidance_of, usual_size)
+from .arguments import check_prompts, check_seed, ImageSettings
+from .calls import (call_defaults, call_options, check_negative, check_size, check_steps, guidance_of,
+                    objection, PipelineSettings, refuse_idle, size_multiple, true_guidance_of,
+                    usual_size)
 from ..errors import ValidationError
 from ..hub.load import quiet
 
@@ -49,7 +49,7 @@ def class_for(cls: Any,  # of the pipeline that was loaded
     kind = cls.__name__
     details = {"pipeline": kind}
     if mask_image is not None and image is None:
-        raise ValidationError("mask_image needs image=: it says which part of that is drawn anew", details=details)
+        raise ValidationError("mask_image= needs image=: it says which part of that is drawn anew", details=details)
     if image is None:
         if draws_from_text(cls): return cls
         more = " and mask_image=" if "mask_image" in takes else ""
