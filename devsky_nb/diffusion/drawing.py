@@ -9,7 +9,7 @@ __all__ = []
 import inspect, logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, ExitStack
-from functools import cache, partial, wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
@@ -158,12 +158,17 @@ def in_stage(vae: Any, method: Callable, name: str, stage: Stage) -> Callable:
         return stage(name, attempt)
     return call
 
+def warns_of_something(record: logging.LogRecord) -> bool:
+    "Whether a line of the log is anything but diffusers' warning of modules to be kept in float32 where there are none."
+    return "should be kept in float32: []" not in record.getMessage()
+
 @contextmanager
 def vae_in_stages(pipeline: Any, stage: Stage) -> Iterator[None]:
     "Have a pipeline's VAE encode and decode in stages, and be in its own number format at the end."
     import torch
     vae = pipeline.vae
     stored = number_format(vae)
+    logging.getLogger("diffusers.models.modeling_utils").addFilter(warns_of_something)
 
     def back() -> None:
         if stored is not None: back_to_format(vae, stored)
@@ -174,7 +179,6 @@ def vae_in_stages(pipeline: Any, stage: Stage) -> Iterator[None]:
 
     with ExitStack() as stack:
         stack.enter_context(replaced(vae, "encode", lambda method: in_stage(vae, method, "encoding", stage)))
-        stack.enter_context(replaced(vae, "to", lambda method: partial(torch.nn.Module.to, vae)))  # diffusers' own warns in vain
         stack.enter_context(replaced(vae, "decode", lambda method: in_stage(vae, method, "decoding", stage)))
         if hasattr(pipeline, "upcast_vae"):
             stack.enter_context(replaced(pipeline, "upcast_vae", lambda method: lambda: stage("decoding", upcast)))
