@@ -155,6 +155,7 @@ def prepare_input(item: Item,
     try: data = b"" if item.content_hash else read_item(item, embedder.policy)
     except DevSkyyError as e:
         prepared.error = error_text(e)
+        if e.details.get("reason") == "outside-root": prepared.metadata = None  # lies outside, too
         return prepared
     prepared.content_hash = item.content_hash or hashlib.sha256(data).hexdigest()
     if item.stamp and item.data is not None: prepared.fetched = (fetch_key(item), item.stamp)

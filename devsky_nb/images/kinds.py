@@ -23,7 +23,7 @@ IMAGE_SUFFIXES = frozenset((
 
 PACKED = "packed or compressed files are not read: unpack it, or pack its images into a plain .tar or .zip"
 RAW = "a camera's raw file: export it as JPEG, PNG or TIFF"
-LIST = "a list beside files: to read what it lists, give this file itself as the source"
+LIST = "a list beside files: to read what it lists, give this file itself as the source, and join its columns by the id"
 OTHER_TABLE = "a table of a kind that is not read: write it as Parquet"
 NO_IMAGE = "no image, by its name"
 UNKNOWN = "no image, by its first bytes"

@@ -4,7 +4,7 @@ import io, json, os, signal, subprocess, sys, tarfile, zipfile
 import numpy as np, pyarrow.parquet as pq, pytest
 from PIL import Image
 
-from devsky_nb import export_embeddings, FolderIndex, search_images
+from devsky_nb import export_embeddings, FolderIndex, ImagePolicy, search_images
 from devsky_nb.cli import main
 from devsky_nb.embedding.bulk import embed_images
 from devsky_nb.embedding.embedder import CLIPImageEmbedder
@@ -161,3 +161,31 @@ def test_a_cluster_gives_the_same_files(made, embedder, tmp_path):
     from devsky_nb.embedding.ray import RayEngine
     embed_images(made / "s.tar", tmp_path / "out", embedder, engine=RayEngine(actors=1, cpus=1), **SIZES)
     assert files(tmp_path / "out") == files(made / "out")
+
+
+def test_a_folder_gives_the_metadata_of_its_archive(embedder, tmp_path):
+    "And none for an image outside the root: what lies beside it lies outside, too."
+    shop, out = tmp_path / "shop", tmp_path / "out"
+    shop.mkdir()
+    for name, data in members(**TEXTS).items(): (shop / name).write_bytes(data)
+    report = embed_images(shop, out, embedder, **SIZES)
+    assert {r["id"][:-4]: json.loads(r["metadata"]) for r in pq.read_table(out).to_pylist() if r["metadata"]} == EXPECTED
+    assert (report.embedded, report.duplicate, report.error) == (7, 1, 1) and [path for path, _ in report.left_out] == ["5.json"]
+    (shop / "3.txt").write_text("other")
+    changed = embed_images(shop, out, embedder, **SIZES)
+    assert changed.reused == 7 and {r["id"]: r["metadata"] for r in pq.read_table(out).to_pylist()}["3.png"] == '{"txt": "other"}'
+    outside = write_outside(tmp_path)
+    (shop / "9.png").symlink_to(outside / "9.png")
+    (shop / "9.txt").symlink_to(outside / "9.txt")
+    confined = CLIPImageEmbedder("tiny-clip", device="cpu", precision="fp32", policy=ImagePolicy(root=shop))
+    embed_images(shop, tmp_path / "confined", confined, **SIZES)
+    rows = {r["id"]: r for r in pq.read_table(tmp_path / "confined").to_pylist()}
+    assert rows["9.png"]["error"].startswith("outside-root") and rows["9.png"]["metadata"] is None and rows["0.png"]["metadata"]
+
+
+def write_outside(folder):
+    outside = folder / "outside"
+    outside.mkdir()
+    (outside / "9.png").write_bytes(image(9))
+    (outside / "9.txt").write_text("a secret")
+    return outside

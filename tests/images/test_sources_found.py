@@ -14,9 +14,11 @@ from devsky_nb.images.image_sets import read_image_set
 from devsky_nb.images.items import Account, Item, left_out_lines
 from devsky_nb.images.kinds import HIDDEN, LIST, NO_IMAGE, PACKED, RAW, UNKNOWN
 from devsky_nb.images.lists import ListedImages
+from devsky_nb.images.load import load_image
 from devsky_nb.images.sources import AnyImages, open_source, slices
 from devsky_nb.images.tables import ParquetImages
-from devsky_nb.images.tars import APART, EMPTY, NESTED, TarShards
+from devsky_nb.images.side_cars import APART
+from devsky_nb.images.tars import EMPTY, NESTED, TarShards
 
 
 def image(format="JPEG"):
@@ -127,6 +129,22 @@ def test_a_folder_of_which_nothing_is_read_is_an_error_that_says_why(tmp_path, n
     with pytest.raises(ValidationError, match=rf"no images in '.*s': 1 left out \('{name}'\)"): read_image_set(tmp_path / "s")
     if name != "notes.txt":
         with pytest.raises(ValidationError, match="packed or compressed files are not read: unpack it"): open_source(tmp_path / "s" / name)
+
+
+@pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="names of files are text here")
+def test_a_name_that_is_no_text_is_read_by_validation_too(tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.png")
+    with open(name, "wb") as f: f.write(image("PNG"))
+    (tmp_path / "none").mkdir()
+    for source in (tmp_path, [tmp_path, tmp_path / "none"], tmp_path / "*.png"):
+        [entry] = read_image_set([*map(str, source)] if isinstance(source, list) else source)["images"]
+        assert entry["id"].endswith("caf\\udce9.png") and os.fsencode(entry["path"]) == name and load_image(entry["path"])[0].size
+
+
+def test_a_list_of_no_images_says_so(tmp_path):
+    for name, text in {"a.txt": "", "a.csv": "path\n", "a.json": '{"images": []}', "a.jsonl": "\n"}.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValidationError, match=f"no images in '.*{name}'"): read_image_set(tmp_path / name)
 
 
 def test_a_folder_with_hidden_files_only_is_empty(tmp_path):

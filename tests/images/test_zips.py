@@ -12,7 +12,7 @@ from devsky_nb.images.items import Item, LeftOut, read_item
 from devsky_nb.images.kinds import HIDDEN, UNKNOWN
 from devsky_nb.images.policy import ImagePolicy
 from devsky_nb.images.sources import open_source
-from devsky_nb.images.tars import APART
+from devsky_nb.images.side_cars import APART
 from devsky_nb.images.zips import EMPTY_ZIP, NESTED_ZIP, zip_items
 
 POLICY = ImagePolicy(max_bytes=1_000_000)
