@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/embedding/20_dataset.ipynb #0f0e0003
-import json, os, sqlite3
+import json, os, shutil, sqlite3
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -61,6 +61,38 @@ def shard_number(shard: Path) -> int:
     "The number in a shard's name."
     return int(shard.name.removeprefix("part-").removesuffix(".parquet"))
 
+# %% ../../nbs/embedding/20_dataset.ipynb #0f0e0022
+def missing_folders(folder: Path) -> list[Path]:  # the innermost first
+    "What has to be made so that a folder is there."
+    return [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+
+def count_vectors(pool: Path) -> int | None:  # None: that cannot be told
+    "How many vectors a run that did not finish has computed."
+    files = [pool.with_name(name) for name in POOL_FILES]
+    if not pool.exists() or any(os.path.lexists(file) and not file.is_file() for file in files): return None
+    try:
+        with closing(sqlite3.connect(f"{pool.absolute().as_uri()}?mode=ro", uri=True, timeout=0)) as db:
+            [count] = db.execute("SELECT count(*) FROM vectors").fetchone()
+    except (OSError, sqlite3.Error): return None
+    return count
+
+def has_work(out: Path, state: Path) -> bool:
+    "Whether a folder has something that a reader or the next run can use."
+    if os.path.lexists(out / SUCCESS) or any(out.glob("*.parquet")): return True
+    if any(os.path.lexists(state / name) for name in (SLICES, COMMIT)): return True
+    return os.path.lexists(state / POOL) and count_vectors(state / POOL) != 0
+
+def take_away(out: Path,
+              state: Path,
+              made: list[Path],  # folders that this run has made, the innermost first
+              ) -> None:
+    "Leave things as they were before a run in which nothing was done."
+    if state not in made or has_work(out, state): return
+    shutil.rmtree(state, ignore_errors=True)
+    for folder in made[1:]:
+        try: folder.rmdir()
+        except OSError: return  # somebody else has put something there
+
 # %% ../../nbs/embedding/20_dataset.ipynb #a8aaa988
 def state_folder(out: Path) -> Path:
     "The folder for what is unfinished, made if need be; never one that lies elsewhere."
@@ -80,6 +112,7 @@ def locked_folder(out: Path) -> Iterator[Path]:  # folder for what is unfinished
     "Be the only one that writes to `out`."
     from filelock import FileLock, Timeout
     existing_shards(out)
+    made = missing_folders(out / STATE)
     state = state_folder(out)
     lock = FileLock(state / "lock")
     with storage_errors(state):
@@ -91,7 +124,9 @@ def locked_folder(out: Path) -> Iterator[Path]:  # folder for what is unfinished
         for partial in state.glob(".*.partial"):
             discard(partial)  # of a run that was killed while it wrote
         yield state
-    finally: lock.release()
+    finally:
+        take_away(out, state, made)
+        lock.release()
 
 # %% ../../nbs/embedding/20_dataset.ipynb #0f0e0009
 @dataclass(frozen=True)
@@ -112,13 +147,8 @@ def read_state(path: Path,
 
 def unfinished_vectors(pool: Path) -> str:  # such as "its 4,000 vectors"
     "What a run that did not finish has computed."
-    files = [pool.with_name(name) for name in POOL_FILES]
-    if not pool.exists() or any(os.path.lexists(file) and not file.is_file() for file in files): return "its vectors"
-    try:
-        with closing(sqlite3.connect(f"{pool.absolute().as_uri()}?mode=ro", uri=True, timeout=0)) as db:
-            [count] = db.execute("SELECT count(*) FROM vectors").fetchone()
-    except (OSError, sqlite3.Error): return "its vectors"
-    return f"its {format_count(count, 'vector')}"
+    count = count_vectors(pool)
+    return "its vectors" if count is None else f"its {format_count(count, 'vector')}"
 
 def unfinished_kind(path: Path) -> VectorKind:
     "The kind of the vectors in the pool of a run that did not finish."

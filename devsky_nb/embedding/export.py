@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .._core import (check_choice, check_flag, check_path, format_bytes, format_count, name_text, read_json,
-                     require, storage_errors, sync)
+from .._core import (check_choice, check_flag, check_path, check_utf8_path, format_bytes, format_count,
+                     name_text, read_json, require, storage_errors, sync)
 from ..device import memory_info
 from .ask import complete_dataset
 from .rows import METADATA, NOTE
@@ -190,6 +190,12 @@ def is_export(folder: Path) -> bool:
     try: return "fingerprint" in read_json(folder / NOTES_FILE, {"format": str, "rows": int})
     except ModelLoadError: return False
 
+def is_exported_file(file: Path) -> bool:
+    "Whether a file was written by an export."
+    import pyarrow as pa, pyarrow.parquet as pq
+    try: return file.is_file() and b"devsky_nb.metric" in (pq.read_schema(file).metadata or {})
+    except (OSError, pa.ArrowException): return False
+
 def check_destination(target: Path, kind: str, overwrite: bool) -> None:
     "Refuse a place at which something is that must stay."
     details = {"dest": str(target), "format": kind}
@@ -199,7 +205,7 @@ def check_destination(target: Path, kind: str, overwrite: bool) -> None:
     if not overwrite:
         message = f"{str(target)!r} exists: choose another name, or replace it with overwrite=True"
         raise ValidationError(message, details=details)
-    is_ours = target.is_file() if kind in AS_FILE else is_export(target) or kind == "lancedb"
+    is_ours = is_exported_file(target) if kind in AS_FILE else is_export(target) or kind == "lancedb"
     if is_ours: return
     message = f"{str(target)!r} is no export of ours, and is not replaced: remove it, or choose another name"
     raise ValidationError(message, details=details)
@@ -571,7 +577,7 @@ def export_embeddings(out: str | Path,  # output folder of `embed_images`
     check_flag("progress", progress)
     name = check_table(table) if FORMATS[kind].is_database else None
     remote = is_server(dest, kind)
-    target = check_path("dest", dest)
+    target = check_utf8_path("dest", dest)
     if name is not None and kind == "lancedb": target = target / f"{name}.lance"
     if not remote:
         check_apart(target, check_path("out", out))

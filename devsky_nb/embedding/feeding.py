@@ -51,12 +51,14 @@ def decoding_threads(device: str) -> int:
     "How many threads decode images for a device."
     return min(8 if device == "cpu" else 32, usable_cores())
 
+MOST_AT_ONCE = 100_000  # images per run of a model, on whatever machine
+
 def batch_size_for(device: str,
                    asked: int | None,  # None: what suits the device
                    ) -> int:
     "Images per run of the model."
     if asked is None: return 32 if device == "cpu" else 128
-    return check_count("batch_size", asked)
+    return check_count("batch_size", asked, maximum=MOST_AT_ONCE)
 
 # %% ../../nbs/embedding/06_feeding.ipynb #16f00014
 Run = Callable[["torch.Tensor"], "torch.Tensor"]  # crops on the CPU to vectors, perhaps on their way back

@@ -53,13 +53,17 @@ def unfaithful(cosine: float,  # the worst
     return None
 
 # %% ../../nbs/embedding/07_fidelity.ipynb #0c38216a
+STEP = 618_034  # millionths of a stretch: the golden ratio, which is in step with no pattern
+
 def spread(total: int,
            n: int,  # wanted
            ) -> list[int]:  # different positions, at most 2n
-    "Positions from all over a list: evenly, then those between."
-    evenly = [i * total // n for i in range(n)]
-    between = [(2 * i + 1) * total // (2 * n) for i in range(n)]
-    return [position for position in dict.fromkeys(evenly + between) if position < total]
+    "Positions from all over a list: one in each of `n` stretches, then another in each."
+    places = [i * STEP % 10**6 for i in range(n)]
+    halfway = [(place + 500_000) % 10**6 for place in places]
+    found = [(i * 10**6 + place) * total // (n * 10**6) for some in (places, halfway) for i, place in enumerate(some)]
+    if total <= 2 * n: found += range(total)
+    return [position for position in dict.fromkeys(found) if position < total]
 
 # %% ../../nbs/embedding/07_fidelity.ipynb #9f71a479
 FIRST_IMAGES = 16

@@ -28,7 +28,7 @@ def quantize_weight(weight: "torch.Tensor",  # (N, K) float
     if not torch.isfinite(scale).all():
         raise ModelLoadError("a weight is not finite: the model's files are damaged")
     scale = scale.clamp_min(torch.finfo(torch.float32).tiny)
-    return (weight / scale[:, None]).round().to(torch.int8).T.contiguous().numpy(), scale.numpy()
+    return (weight / scale[:, None]).round_().to(torch.int8).T.contiguous().numpy(), scale.numpy()
 
 # %% ../../nbs/embedding/08_graphs.ipynb #e900000d
 ORT_OPERATIONS = ("MatMulIntegerToFloat", "MultiHeadAttention", "RotaryEmbedding", "QuickGelu", "BiasGelu",

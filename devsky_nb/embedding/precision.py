@@ -163,20 +163,21 @@ def _checked(values: Any, fields: dict[str, Any]) -> dict:  # `values`
 # %% ../../nbs/embedding/12_precision.ipynb #f577a6d6
 SMALL_JOB = 1000  # images
 MOST = 128  # images in a sample
-WITH_CANDIDATE = 1.5  # images in fp32 that one image of a sample costs
-WITH_SMALLER = 2.1  # the same, where smaller decoding is tried
+BUILDING = 2  # images in fp32 that the building of a candidate costs
+WITH_CANDIDATE = 1.5  # the same, of one image of a sample
+WITH_SMALLER = 2.1  # the same, where smaller decoding is tried, too
 
 def sample_size(images: int | None) -> int:  # 0: no trial
     "How many images of a job are compared; `None`: the job is long."
     if images is None: return MOST
     if images < SMALL_JOB: return 0
-    allowed = images / 50
+    allowed = images / 50 - BUILDING
     wanted = max(min(allowed / WITH_CANDIDATE, 16), allowed / WITH_SMALLER)
     return int(min(wanted, max(48, images / 256), MOST))
 
 def tries_smaller(images: int | None) -> bool:
     "Whether a trial may look at smaller decoding, too."
-    return images is None or sample_size(images) * WITH_SMALLER <= images / 50
+    return images is None or BUILDING + sample_size(images) * WITH_SMALLER <= images / 50
 
 # %% ../../nbs/embedding/12_precision.ipynb #d797603f
 LEAST = 12  # different images in a sample
@@ -368,7 +369,7 @@ def choose_for_job(embedder: ImageEmbedder,
     with closing(exact_embedder(embedder)) as exact:
         receipt, runner = decide(exact, sample, images)
         chosen = exact.with_backend(receipt.backend, runner, min_edge=receipt.min_edge, receipt=receipt)
-    release_memory()
+    if embedder.device != "cpu": release_memory()
     return chosen
 
 # %% ../../nbs/embedding/12_precision.ipynb #5f3a0004

@@ -420,7 +420,11 @@ def shard_paths(folder: Path) -> list[Path]:  # in order
         message = f"no folder {str(folder)!r}: give the output folder of embed_images"
         if not folder.exists(): raise FileNotFoundError(message, details=details)
         raise ValidationError(message, details=details)
-    found = sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    try: names = os.listdir(folder)
+    except OSError as e:
+        raise ValidationError(f"{str(folder)!r} cannot be read: {e.strerror}. Give read permission", details=details,
+                              original_error=e)
+    found = sorted(folder / name for name in names if name.endswith(".parquet") and not name.startswith("."))
     if found: return found
     if os.path.lexists(folder / ".devsky"):
         message = f"{str(folder)!r} has an unfinished data set: call embed_images again, it goes on from there"

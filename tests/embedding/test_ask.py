@@ -254,14 +254,14 @@ def test_the_command_answers_people_and_programs(made, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     done = devsky("search", made / "vectors", "a red hat", "-k", 2, "--html", tmp_path / "p.html", "a bag", "--device", "cpu")
     assert done.returncode == 0 and done.stdout.index("a red hat") < done.stdout.index("a bag") and "score" in done.stdout, done.stderr
-    assert "02.png" in done.stdout and done.stderr == f"The page to look at: {tmp_path / 'p.html'}\n" and (tmp_path / "p.html").stat().st_size > 5000
+    assert "02.png" in done.stdout and done.stderr == f"written: {tmp_path / 'p.html'}\n" and (tmp_path / "p.html").stat().st_size > 5000
     done = devsky("search", made / "vectors", "--image", made / "shop" / "01.png", "--json", "-k", 1, "--device", "cpu")
     assert json.loads(done.stdout)["queries"][0]["neighbours"][0]["id"] == "01.png" and done.stderr == ""
 
 
 @pytest.mark.parametrize("args, says", [
     (["OUT"], "nothing was asked"),
-    (["OUT", ""], "texts must be"),
+    (["OUT", ""], "an empty text"),
     (["OUT", "a", "-k", "99"], "has 9 vectors"),
     (["OUT", "--image", "none.png"], "none.png"),
     (["none", "a"], "no folder"),

@@ -6,7 +6,7 @@ import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 
-from devsky_nb import Garment, render_garment
+from devsky_nb import FolderIndex, Garment, render_garment
 from devsky_nb.embedding import bulk
 from devsky_nb.embedding.bulk import embed_images, local_engine
 from devsky_nb.embedding.pool import VectorPool
@@ -84,13 +84,17 @@ def test_any_reader_reads_it_with_nothing_of_ours(embedder, tmp_path):
 
 def test_empty_sources(embedder, tmp_path):
     (tmp_path / "empty").mkdir()
-    assert embed_images(tmp_path / "empty", tmp_path / "out", embedder).total == 0
-    assert pq.read_table(tmp_path / "out").schema.names[-1] == "embedding"
+    for resume in (True, False):
+        with pytest.raises(ValidationError, match="the source has no images: nothing is written"):
+            embed_images(tmp_path / "empty", tmp_path / "deep" / "out", embedder, resume=resume)
+    assert [p.name for p in tmp_path.iterdir()] == ["empty"]
     assert embed_images(make_images(tmp_path / "in", 2), tmp_path / "out", embedder).embedded == 2
     before = files(tmp_path / "out")
     with pytest.raises(ValidationError, match="has 2 rows: is a disk not mounted"): embed_images(tmp_path / "empty", tmp_path / "out", embedder)
     assert files(tmp_path / "out") == before
     assert embed_images([], tmp_path / "out", embedder, resume=False).total == 0 and pq.read_table(tmp_path / "out").num_rows == 0
+    assert pq.read_table(tmp_path / "out").schema.names[-1] == "embedding"
+    assert embed_images([], tmp_path / "out", embedder).total == 0 and embed_images(tmp_path / "in", tmp_path / "out", embedder).embedded == 2
     with pytest.raises(FileNotFoundError, match="no-such"): embed_images(tmp_path / "no-such", tmp_path / "out2", embedder)
     assert not (tmp_path / "out2").exists()
 
@@ -100,7 +104,34 @@ def test_two_inputs_with_one_id_are_refused_before_any_work(embedder, tmp_path):
     pq.write_table(pa.table({"sku": ["a", "b", "a"], "image": [b"", b"", b""]}), tmp_path / "x.parquet")
     for source in (ImageList([folder / "0000.png", folder / "0001.png", folder / "0000.png"]), ParquetImages(tmp_path / "x.parquet", id_column="sku")):
         with pytest.raises(ValidationError, match="is given twice"): embed_images(source, tmp_path / "out", embedder, shard_rows=1)
-    assert not list((tmp_path / "out").glob("*.parquet"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_in_which_nothing_was_done_leaves_what_was_there(embedder, tmp_path):
+    "Folders that it made go, those of others stay, and vectors that were computed stay too."
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".gitkeep").touch()
+    folder = make_images(tmp_path / "in", 3)
+    def fails(*args):
+        raise MLError("no model")
+        yield
+    for out in (tmp_path / "mine", tmp_path / "a" / "b" / "c"):
+        with pytest.raises(MLError, match="no model"): embed_images(folder, out, embedder, engine=fails)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "mine"] and [p.name for p in (tmp_path / "mine").iterdir()] == [".gitkeep"]
+    def fails_late(plan, embedder, schema, pool, batch_size, on_progress):
+        yield embed_slice(plan.slice(0), embedder, schema, pool, batch_size=batch_size)
+        raise MLError("gone")
+    with pytest.raises(MLError, match="gone"): embed_images(folder, tmp_path / "out", embedder, engine=fails_late, shard_rows=2)
+    with pytest.raises(ValidationError, match="has an unfinished data set"): FolderIndex(tmp_path / "out")
+    assert embed_images(folder, tmp_path / "out", embedder, shard_rows=2).reused == 2
+
+
+def test_failures_are_named(embedder, tmp_path):
+    folder = make_images(tmp_path / "in", 1)
+    for n in range(120): (folder / f"bad-{n:03}.png").write_bytes(b"broken %d" % n)
+    report = embed_images(folder, tmp_path / "out", embedder)
+    assert report.error == 120 and len(report.failures) == 100 and report.failures[0][0] == "bad-000.png" and report.failures[0][1].startswith("unknown-format: ")
+    assert report.to_dict()["failures"][99][0] == "bad-099.png"
 
 
 @pytest.mark.parametrize("wrong, says", [(dict(batch_size=0), "batch_size"), (dict(batch_size=2.5), "batch_size"), (dict(shard_rows=0), "shard_rows=0: expected a whole number of at least 1"), (dict(dtype="int8"), "float32, float16"),

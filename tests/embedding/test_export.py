@@ -126,9 +126,19 @@ def test_a_link_is_written_through_and_a_file_replaced_only_when_asked(tmp_path)
     (tmp_path / "link.parquet").symlink_to(tmp_path / "real" / "a.parquet")
     with pytest.raises(ValidationError, match="exists"): export_embeddings(tmp_path / "v", tmp_path / "link.parquet")
     export_embeddings(tmp_path / "v", tmp_path / "real" / "a.parquet")
-    (tmp_path / "real" / "a.parquet").write_bytes(b"old")
+    pq.write_table(pq.read_table(tmp_path / "real" / "a.parquet").slice(0, 1), tmp_path / "real" / "a.parquet")
     export_embeddings(tmp_path / "v", tmp_path / "link.parquet", overwrite=True)
     assert (tmp_path / "link.parquet").is_symlink() and pq.read_table(tmp_path / "real" / "a.parquet").num_rows == 35
+
+
+def test_a_file_of_somebody_is_not_replaced(tmp_path):
+    dataset(tmp_path / "v")
+    (tmp_path / "prices.csv").write_text("sku,price")
+    pq.write_table(pa.table({"sku": [1]}), tmp_path / "prices.parquet")
+    before = {path: path.read_bytes() for path in tmp_path.glob("prices.*")}
+    for path in before:
+        with pytest.raises(ValidationError, match="is no export of ours, and is not replaced"): export_embeddings(tmp_path / "v", path, overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.glob("prices.*")} == before
 
 
 def test_a_data_set_that_contradicts_itself_is_refused(tmp_path):

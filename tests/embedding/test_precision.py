@@ -111,8 +111,8 @@ def stored(out):
 @given(st.integers(P.SMALL_JOB, 10**9))
 def test_a_trial_costs_a_fiftieth_of_any_job(images):
     n = P.sample_size(images)
-    cost = n * (P.WITH_SMALLER if P.tries_smaller(images) else P.WITH_CANDIDATE)
-    assert P.LEAST < n <= P.MOST and cost <= images / 50
+    cost = P.BUILDING + n * (P.WITH_SMALLER if P.tries_smaller(images) else P.WITH_CANDIDATE)
+    assert P.LEAST <= n <= P.MOST and cost <= images / 50
     assert P.sample_size(images + 1) >= n
 
 
@@ -134,16 +134,18 @@ def test_the_answer_knows_no_speed_and_the_cost_is_a_number_of_images(model, ima
     monkeypatch.setattr(P, "exact_backend", lambda embedder: counting(exact(embedder), seen, "exact", delay))
     monkeypatch.setattr(P, "candidate_for", lambda *args: counting(P.BACKENDS["int8-onnxruntime"], seen, "lossy", 3 * delay))
     chosen = P.choose_precision(auto(model), images, images=2000)
-    assert seen == {"exact": P.sample_size(2000), "lossy": P.sample_size(2000)} and P.sample_size(2000) == 19
-    assert chosen.receipt.name == "int8-onnxruntime" and chosen.receipt.sampled == 19
+    assert seen == {"exact": P.sample_size(2000), "lossy": P.sample_size(2000)} and P.sample_size(2000) == 18
+    assert chosen.receipt.name == "int8-onnxruntime" and chosen.receipt.sampled == 18
 
 
-def test_what_is_unfaithful_is_refused_after_eight_images(images, outliers, monkeypatch):
+@pytest.mark.parametrize("job", [1000, 2500, None])
+def test_what_is_unfaithful_is_refused_after_eight_images(images, outliers, monkeypatch, job):
+    "So with what it took to build, it costs no job more than a fiftieth."
     seen, exact = {}, P.exact_backend
     monkeypatch.setattr(P, "exact_backend", lambda embedder: counting(exact(embedder), seen, "exact"))
     monkeypatch.setattr(P, "candidate_for", lambda *args: counting(P.BACKENDS["int8-onnxruntime"], seen, "lossy"))
-    chosen = P.choose_precision(auto(outliers), images)
-    assert seen == {"exact": 8, "lossy": 8}
+    chosen = P.choose_precision(auto(outliers), images, images=job)
+    assert seen == {"exact": 8, "lossy": 8} and P.BUILDING + 8 * P.WITH_CANDIDATE <= (job or 1000) / 50
     assert "below 0.999" in outcome(chosen.receipt)["int8-onnxruntime"] and chosen.receipt.reason == "int8-onnxruntime is not faithful"
 
 
@@ -164,9 +166,9 @@ def test_a_job_without_a_word_about_precision(shop, model, done):
     trials = {trial["backend"]: trial for trial in receipt["trials"]}
     assert (report.total, report.error, report.duplicate) == (MANY, 26, 26)
     assert receipt == report.receipt and receipt["backend"] == "int8-onnxruntime"
-    assert receipt["sampled"] == P.sample_size(MANY) == 13
+    assert receipt["sampled"] == P.sample_size(MANY) == 12
     assert trials["int8-onnxruntime"]["cosine"] >= .999 and trials["int8-onnxruntime"]["recall"] >= .99
-    assert "precision: int8-onnxruntime, faithful on 13 images" in repr(report)
+    assert "precision: int8-onnxruntime, faithful on 12 images" in repr(report)
     assert "-int8-onnxruntime-" in report.fingerprint
     assert embedder.receipt is None and "int8" not in embedder.fingerprint
     names = sorted(vectors)[::10]
@@ -316,7 +318,7 @@ def test_eight_bits_that_ruin_vectors_are_refused_before_anything_is_written(sho
     with pytest.raises(ValidationError, match=r"precision='int8' is not faithful here, by 16 of these images: smallest cosine 0\.\d+ to fp32, below 0.999") as e:
         embed_images(shop, tmp_path / "out", embedder)
     assert e.value.details["cosine"] < .999 and e.value.details["images"] == FIRST_IMAGES
-    assert not [path for path in (tmp_path / "out" / ".devsky").iterdir() if path.name not in ("lock", "plan.sqlite")]
+    assert not (tmp_path / "out").exists()
     for _ in range(2):
         with pytest.raises(ValidationError, match="not faithful here"): embedder.encode_images_batch([shop / "0000.png", shop / "0001.png"])
     with pytest.raises(ValidationError, match="by 1 of these images"): embedder.encode_image(shop / "0000.png")
@@ -412,13 +414,20 @@ def eight_bits_where_it_can(device, model, output=None):
     return None if backend.why_not(model, output, device) else backend
 
 
-@pytest.mark.parametrize("kind, chosen", [("siglip", "int8-onnxruntime"), ("siglip2", "fp32-torch"), ("dinov2", "int8-onnxruntime")])
-def test_other_families_are_tried_as_well_and_what_no_graph_computes_stays_exact(tmp_path, monkeypatch, kind, chosen):
+@pytest.mark.parametrize("kind", ["siglip", "siglip2", "dinov2", "dinov3_vit"])
+def test_other_families_are_tried_as_well_and_what_no_graph_computes_stays_exact(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(P, "candidate_for", eight_bits_where_it_can)
     embedder = ImageEmbedder(save_model(kind, tmp_path / kind), device="cpu", precision="auto")
     receipt = P.choose_precision(embedder, photos(44, texture=False)).receipt
-    assert receipt.backend == chosen and receipt.reference == embedder.fingerprint
-    assert ("faithful on 44 images" if receipt.trials else "nothing else computes this model") in receipt.reason
+    assert receipt.reference == embedder.fingerprint
+    assert (embedder.backend == "fp32-torch") == (not receipt.trials)  # DINOv2 has no graph before transformers builds it as the others
+    if kind != "dinov2": assert bool(receipt.trials) == (kind != "siglip2")
+    if receipt.trials:
+        [eight] = (trial for trial in receipt.trials if trial.backend == "int8-onnxruntime" and trial.min_edge is None)
+        assert eight.cosine > .999  # recall@10 of random weights, which differ between releases, is near its limit
+        assert receipt.backend == ("fp32-onnxruntime" if eight.refused else "int8-onnxruntime")
+        assert ("is not faithful" if eight.refused else "faithful on 44 images") in receipt.reason
+    else: assert receipt.backend == "fp32-torch" and "nothing else computes this model" in receipt.reason
 
 
 @pytest.mark.slow

@@ -370,7 +370,7 @@ def test_folders_without_images_and_with_one(tmp_path, embedder):
     folder = tmp_path / "<b>shop"
     folder.mkdir()
     look = embedding_explorer(folder, embedder).wait()
-    assert "no image to show" in look.status.value and "<b>shop" not in html(look)
+    assert "the source has no images" in look.status.value and "<b>shop" not in html(look)
     Image.new("RGB", (80, 60), "red").save(folder / "<script>.png")
     look.controls.embed.click()
     look.wait().choose(0)
