@@ -2,7 +2,7 @@
 
 usage: python tools/traces.py [NAME ...]      (a quarter of an hour; after a change to tracing, or to a minor release of torch, transformers or diffusers)
 
-With names only the traces of these models are taken, where they are missing.
+With names only the traces of these models are taken, where they are missing or stale.
 """
 import sys
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from devsky_nb.hub.models import KNOWN
 from devsky_nb.memory.configs import ModelSource, carried_configuration, class_in, listed_parts, networks_of
 from devsky_nb.memory.estimate import asked_size, image_size, is_distilled, Setup
 from devsky_nb.memory.inputs import Switches, Workload
-from devsky_nb.memory.traces import PACKAGED_TRACES, take_trace, trace_key, write_trace
+from devsky_nb.memory.traces import PACKAGED_TRACES, read_trace, take_trace, trace_key, write_trace
 
 
 def has_tiles(part: Path) -> bool:
@@ -38,12 +38,18 @@ def trace_file(question: tuple[Path, Workload, Switches]) -> Path:
     return PACKAGED_TRACES / f"{trace_key(*question)}.npz"
 
 
+def is_missing(question: tuple[Path, Workload, Switches]) -> bool:
+    "Whether no answer is kept that is good today."
+    file = trace_file(question)
+    return not file.exists() or read_trace(file) is None
+
+
 if __name__ == "__main__":
     PACKAGED_TRACES.mkdir(exist_ok=True)
     if not sys.argv[1:]:
         for file in PACKAGED_TRACES.iterdir(): file.unlink()
     for model in sys.argv[1:] or KNOWN:
-        missing = [question for question in usual(model) if not trace_file(question).exists()]
+        missing = [question for question in usual(model) if is_missing(question)]
         for question in missing: write_trace(take_trace(*question), trace_file(question))
         print(model, len(missing), flush=True)
     wanted = {trace_file(question) for model in KNOWN for question in usual(model)}

@@ -385,8 +385,9 @@ def network_code(estimate: Estimate) -> str:
     before_moving(script, estimate, names)
     if move and setup.quant == "layerwise-fp8": script.lines.append(f"model{move}")
     if setup.offload: script.lines.append(moved_network(script, setup))
-    attention_part(script, estimate, names)
+    before = attention_part(script, estimate, names)
     after_moving(script, estimate, names)
+    if before: script.lines.append(f"# run it {before}model(...)")
     return script.text()
 
 def moved_network(script: Script, setup: Setup) -> str:

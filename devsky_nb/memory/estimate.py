@@ -32,10 +32,11 @@ from .formats import unpacked_bytes, weight_bytes, weight_format
 from .margins import configuration_classes, error_margin
 from .offload import (
                       fetched_bytes, group_numbers, host_memory, HostMemory, OFFLOADS, offload_way, pool_bytes)
-from .sources import class_bases, class_file, class_value, has_method
+from .rehearsal import IMAGES
+from .sources import call_parameters, class_bases, class_file, class_value, has_method
 from .stored import stored_weights, StoredWeights
 from .traces import trace_network, TracedNetwork
-from .tracing import ENTER, LEAVE, Layer, LINEAR, Trace
+from .tracing import CONV, ENTER, LEAVE, Layer, LINEAR, Trace
 
 # %% ../../nbs/memory/13_estimate.ipynb #a3ba7499
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a number
@@ -394,6 +395,7 @@ class Calibration:
     copies_16: float = 2.  # of a convolution's operands, as workspace, in 16 bits
     copies_32: float = 1.
     copies_vast: float = 1.  # in 16 bits, where the result is `VAST`
+    operands_last: float = 1.  # of a convolution's operand alone, where channels lie last; a processor normalizes them as they lie
     library: int = 36 * MIB  # bytes, once a network has run
     reserved_copies_16: float = 2.  # as above, for what is reserved: all convolutions count, and not the largest alone
     reserved_copies_32: float = 0.
@@ -403,7 +405,17 @@ CARDS = {  # generations of GPUs of which there are measurements; None: no card 
     None: Calibration(), "volta": Calibration(copies_16=1., library=12 * MIB), "ampere": Calibration(library=12 * MIB),
     "ada": Calibration(library=12 * MIB), "hopper": Calibration()}
 GPU_CALIBRATION = CARDS[None]
-CPU_CALIBRATION = Calibration(copies_16=1., library=0)
+CPU_CALIBRATION = Calibration(copies_16=1., operands_last=0., library=0)
+
+@lru_cache(1024)
+def is_flat(network: TracedNetwork) -> bool:
+    "Whether a network is made of convolutions of images, and not of videos."
+    if not re.search("UNet|Autoencoder|ControlNet", network.kind): return False
+    return {len(shape) for layer in network.layers for _, shape in layer.weights if len(shape) > 3} == {4}
+
+def lies_last(model: TracedModel, component: str) -> bool:
+    "Whether a network keeps the channels of a pixel side by side."
+    return model.setup.channels_last and is_flat(model.networks[component])
 
 def convolution_bytes(trace: Trace,
                       itemsize: int,  # bytes of a number
@@ -412,7 +424,7 @@ def convolution_bytes(trace: Trace,
                       reserved: bool = False,  # for what is reserved
                       ) -> np.ndarray:  # (events,) bytes
     "The workspace of convolutions, at each event."
-    if channels_last: return np.zeros(len(trace.kind))
+    if channels_last: return np.where(trace.kind == CONV, trace.bytes_in(itemsize), 0) * calibration.operands_last
     in_32 = calibration.reserved_copies_32 if reserved else calibration.copies_32
     if itemsize == 4: return trace.workspace(4) * in_32
     copies = calibration.reserved_copies_16 if reserved else calibration.copies_16
@@ -650,7 +662,7 @@ def network_run(model: TracedModel, name: str, resident: set[str], calibration: 
     component = name.partition(".")[0]
     stored, unpacked = network_bytes(model, component, running=True)
     live = trace.live(model.itemsize(name))
-    turned = convolution_bytes(trace, model.itemsize(name), calibration, model.setup.channels_last)
+    turned = convolution_bytes(trace, model.itemsize(name), calibration, lies_last(model, component))
     beside = workspace(trace, model.itemsize(name), model.quantized[component], unpacked, turned)
     beside = beside + fetched_weights(model, name)
     worst = int(np.argmax(live + beside))
@@ -696,7 +708,7 @@ def reserved_peak(model: TracedModel, calibration: Calibration) -> int:  # bytes
         trace = model.trace(name)
         stored, unpacked = network_bytes(model, component, running=True)
         itemsize = model.itemsize(name)
-        turned = convolution_bytes(trace, itemsize, calibration, model.setup.channels_last, reserved=True)
+        turned = convolution_bytes(trace, itemsize, calibration, lies_last(model, component), reserved=True)
         beside = workspace(trace, itemsize, model.quantized[component], unpacked, turned)
         fetched = 0 if streams else int(fetched_weights(model, name).max())
         block = allocator.allocate(fetched)
@@ -876,25 +888,31 @@ def host_of(model: TracedModel) -> HostMemory:
     return host_memory(model.setup.offload, waiting, {name: while_loading(model, name) for name in model.networks})
 
 # %% ../../nbs/memory/13_estimate.ipynb #together1
-@lru_cache(1024)
-def is_flat(network: TracedNetwork) -> bool:
-    "Whether a network is made of convolutions of images, and not of videos."
-    if not re.search("UNet|Autoencoder|ControlNet", network.kind): return False
-    return {len(shape) for layer in network.layers for _, shape in layer.weights if len(shape) > 3} == {4}
+NEEDS_DENOISER = {
+    "compile": "it compiles a denoiser", "fused": "it joins projections of a denoiser", "lora": "it is put into a denoiser",
+    "attention": "it is about the attention of a denoiser"}
+NEEDS_VAE = ("vae", "vae_tiling", "vae_slicing")
 
 def obstacles(model: TracedModel) -> Iterator[tuple[str, str]]:  # the setting, and why not
     "What cannot be done with these networks."
     setup = model.setup
     kinds = {name: network.kind for name, network in model.networks.items()}
     denoisers = [name for name in DENOISER_NAMES if name in kinds]
-    if setup.compile and not denoisers: yield "compile", "it compiles a denoiser, and there is none"
+    for name, meant in NEEDS_DENOISER.items() if not denoisers else []:
+        if getattr(setup, name) != getattr(Setup, name): yield name, f"{meant}, and there is none"
+    for name in NEEDS_VAE if "vae" not in kinds else []:
+        if getattr(setup, name) != getattr(Setup, name): yield name, "it is about a component 'vae', and there is none"
+    if setup.frames and not denoisers and "vae" not in kinds: yield "frames", "this model makes no video"
+    taken = call_parameters(model.kind)
+    if setup.images and not setup.controlnet and (model.single or taken and taken.keys().isdisjoint(IMAGES)):
+        yield "images", f"a {model.kind or 'network by itself'} draws from none"
+    if setup.lora and model.single: yield "lora", "it is put into a pipeline, and this is a network by itself"
     if setup.channels_last and not any(is_flat(network) for network in model.networks.values()):
         yield "channels_last", "it is for the convolutions of images, in a UNet or a VAE, and there is neither"
     for name in denoisers if setup.fused else []:
         if model.quantized[name]: yield "fused", f"{name} is packed in {model.quantized[name]}, and packed weights cannot be joined"
         if class_file(kinds[name]) and not has_method(kinds[name], "fuse_qkv_projections", "AttentionMixin"):
             yield "fused", f"the projections of a {kinds[name]} cannot be joined"
-    if setup.fused and not denoisers: yield "fused", "it joins projections of a denoiser, and there is none"
     for name, kind in kinds.items() if offload_way(setup.offload).level else []:
         if class_value(kind, "_supports_group_offloading") is False:
             yield "offload", f"a {kind} ({name}) cannot be moved in groups: use 'model'"
@@ -906,7 +924,7 @@ def obstacles(model: TracedModel) -> Iterator[tuple[str, str]]:  # the setting, 
         if "UNet" in kinds[name] and packing and packing != "layerwise casting":
             yield "ip_adapter", f"it casts the {name} when it is put in, and {name} is packed in {model.quantized[name]}"
         if setup.fused: yield "fused", "joining projections takes an IP-Adapter out again"
-    if setup.vae == "tiny" and (model.single or tiny_vae(model.kind) is None):
+    if setup.vae == "tiny" and (model.single or not tiny_vae(model.kind)):
         yield "vae", f"no tiny VAE is known for a {model.kind or 'network by itself'}: use 'upcast'"
     if setup.vae == "fp16-fix" and not model.single and "XL" not in model.kind:
         yield "vae", f"the corrected VAE is for Stable Diffusion XL, and this is a {model.kind}: use 'upcast'"
@@ -977,7 +995,8 @@ def estimate_vram(model: str | Path,  # alias, Hub id or folder; weights are not
     The networks run on PyTorch's meta device, where tensors have a shape and no content; what tracing cannot see,
     the workspace of convolutions and the buffers of libraries, is added as published measurements say. Not included
     are the CUDA context (0.3 to 0.6 GiB) and what other processes take. All sizes are bytes. The first question about
-    an unknown size takes a second or two for each network; others about the same are answered from its trace.
+    an unknown size takes a second or two for each network, for a long video several; others about the same are
+    answered from its trace.
 
     Args:
         model: alias, Hub id or folder; weights are not needed

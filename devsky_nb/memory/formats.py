@@ -104,7 +104,7 @@ def is_cast(kind: str,  # class of the network
     return not any(re.search(pattern, name) for pattern in casting_patterns(kind) for name in names)
 
 # %% ../../nbs/memory/10_formats.ipynb #5a7e150011
-NEVER_PACKED = ("vae", "safety_checker")
+NEVER_PACKED = ("vae", "movq", "vqgan", "vqvae", "audio_vae", "vocoder", "safety_checker")
 DENOISER_NAMES = ("unet", "transformer", "transformer_2", "prior")
 
 def packs_by_default(quant: str | None, component: str) -> bool:

@@ -222,7 +222,8 @@ def decode_call_of_any(vae: Any, workload: Workload) -> RunAndInputs:
     is_video = any(type(module).__name__.endswith("Conv3d") for module in vae.modules())
     small = meta(1, channels, *((1, 4, 4) if is_video else (4, 4)))
     factor = tensors_in(vae.decode(small, return_dict=False))[0].shape[-1] // 4
-    time = getattr(vae, "temporal_compression_ratio", None) or config.get("scale_factor_temporal") or 4
+    known = dict(config) | vars(vae)
+    time = known.get("temporal_compression_ratio") or known.get("scale_factor_temporal") or 4
     frames = (1 + (max(workload.frames, 1) - 1) // time,) if is_video else ()
     latents = meta(workload.batch, channels, *frames, workload.height // factor, workload.width // factor)
     return lambda: vae.decode(latents, return_dict=False), [latents]

@@ -323,7 +323,8 @@ def controlled_class(kind: str) -> Any:
     import diffusers
     name = kind if "ControlNet" in kind else re.sub("(Img2Img|Inpaint)?Pipeline$", r"ControlNet\1Pipeline", kind)
     if hasattr(diffusers, name): return pipeline_class(name)
-    raise ValidationError(f"controlnet: there is no {name}, so a {kind} takes none", details={"pipeline": kind})
+    raise ValidationError(f"controlnet: there is no {name}, so a {kind} takes none",
+                          details={"controlnet": True, "pipeline": kind})
 
 def control_network(unet: Any, controlnet: str) -> Any:  # without weights
     "A ControlNet: from its folder, or in the shape of a UNet, as those for Stable Diffusion and SDXL are."
@@ -513,6 +514,14 @@ def in_short(error: Exception) -> str:
     "The kind of an error, and the first line of what it says."
     return f"{type(error).__name__}: {str(error).strip()}".partition("\n")[0][:200]
 
+ABOUT = {"width": r"\b(width|height|size|resolution|multiple|divisible)\b", "frames": "frames", "images": r"\bimages?\b",
+         "batch": "batch|per_prompt"}  # words in errors of pipelines
+
+def speaks_of_it(error: Exception, workload: Workload) -> bool:
+    "Whether an error is about something that was asked for, and not about an argument that the rehearsal does not know."
+    asked = {"width": workload.width, "frames": workload.frames, "images": workload.images is not None, "batch": workload.batch > 1}
+    return any(asked[name] and re.search(words, str(error), re.IGNORECASE) for name, words in ABOUT.items())
+
 def not_accepted(workload: Workload, error: Exception) -> ValidationError:
     "The error for what a pipeline refuses before it does anything."
     asked = {name: value for name, value in asdict(workload).items() if name in ("width", "height", "frames") and value}
@@ -527,7 +536,7 @@ def rehearse(folder: Path,  # of a pipeline
     """Let a pipeline draw without weights, and note what each of its networks is given.
 
     Raises:
-        ValidationError: a network cannot be built, or the pipeline refuses what is asked. What goes wrong later is
+        ValidationError: a network cannot be built, or the pipeline refuses what is asked. What else goes wrong is
             the rehearsal's `problem`.
     """
     require("torch", "diffusers", "transformers")
@@ -543,7 +552,8 @@ def rehearse(folder: Path,  # of a pipeline
             rehearsal.size = drawn_size(rehearsal, given, dict(inspect.signature(type(pipeline).__call__).parameters))
         except ValidationError: raise
         except Exception as e:
-            if isinstance(e, ValueError) and rehearsal.networks and not rehearsal.turns: raise not_accepted(workload, e)
+            at_once = isinstance(e, ValueError) and rehearsal.networks and not rehearsal.turns
+            if at_once and speaks_of_it(e, workload): raise not_accepted(workload, e)
             if WRONG_NETWORK in str(e):
                 raise ValidationError(f"{folder}: a {pipeline_kind(folder)} does not run with these networks: {in_short(e)}",
                                       details={"folder": str(folder)}, original_error=e) from e

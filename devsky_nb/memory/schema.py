@@ -24,6 +24,7 @@ ESTIMATE_SCHEMA: dict[str, Any] = {
         "peak_allocated": BYTES | {"description": "on the device at the worst moment: tensors and workspaces"},
         "peak_reserved": BYTES | {"description": "that PyTorch takes from the device, if it has plenty"},
         "needed": BYTES | {"description": "that a budget must have: the peak, and a margin for the prediction's error"},
+        "reserved_is_bound": {"type": "boolean", "description": "whether peak_reserved is the most that it can be"},
         "context": {"type": "object", "description": "on the device beside PyTorch",
                     "properties": {"least": BYTES, "most": BYTES}, "required": ["least", "most"]},
         "host_peak": BYTES | {"description": "of main memory at the worst moment, Python and its libraries not counted"},
@@ -33,8 +34,8 @@ ESTIMATE_SCHEMA: dict[str, Any] = {
         "by_phase": BY_NAME | {"description": "the worst moment of each phase"},
         "by_component": BY_NAME | {"description": "weights"},
         "notes": {"type": "array", "items": {"type": "string"}}},
-    "required": ["setup", "loaded", "peak_allocated", "peak_reserved", "context", "host_peak", "host_pinned", "lower_bound",
-                 "peak_phase", "by_phase", "by_component", "notes"]}
+    "required": ["setup", "loaded", "peak_allocated", "peak_reserved", "needed", "reserved_is_bound", "context", "host_peak",
+                 "host_pinned", "lower_bound", "peak_phase", "by_phase", "by_component", "notes"]}
 
 PLAN_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",

@@ -168,7 +168,7 @@ def traced_alone(network: Any, part: Path, workload: Workload, switches: Switche
     except CannotRun as e: why = why or e.message
     except ValidationError: raise
     except Exception as e:
-        if kind in DENOISERS: raise  # what these are given is known: it is the configuration that is wrong
+        if kind in DENOISERS and not why: raise  # what these are given is known: it is the configuration that is wrong
         why = why or in_short(e)
     return TracedNetwork(kind, describe_layers(network), plain_config(network), trace, (0,) if trace else (), why=why)
 
@@ -229,7 +229,8 @@ def take_in_turn(part: Path, workload: Workload, switches: Switches) -> TracedNe
     if not is_part(part, workload): return traced_alone(meta_network(part), part, workload, switches)
     rehearsal = rehearsed(pipeline_key(part.parent, workload), part.parent, workload)
     if part.name in rehearsal.networks: return traced_in(rehearsal, part, workload, switches)
-    if workload.controlnet and part.name == "controlnet": raise ValidationError(f"controlnet: {rehearsal.problem}")
+    if workload.controlnet and part.name == "controlnet":
+        raise ValidationError(f"controlnet: {rehearsal.problem}", details={"controlnet": workload.controlnet})
     return traced_alone(meta_network(part), part, workload, switches, rehearsal.problem)
 
 MORE_TRACES: list[Path] = []  # other folders with traces
@@ -243,6 +244,8 @@ def known_trace(key: str, part: Path, workload: Workload, switches: Switches) ->
         if kept is not None: return kept
     return take_trace(part, workload, switches)
 
+ASKED_OF_TRACES = {*Workload.__dataclass_fields__, *Switches.__dataclass_fields__, "vae", "vae_tiling", "vae_slicing"}
+
 def trace_network(part: Path,  # folder of its configuration
                   workload: Workload,
                   switches: Switches = Switches(),
@@ -254,5 +257,6 @@ def trace_network(part: Path,  # folder of its configuration
     """
     try: return known_trace(trace_key(part, workload, switches), part, workload, switches)
     except Exception as e:
+        if isinstance(e, ValidationError) and ASKED_OF_TRACES & set(e.details): raise  # it is about what was asked, not about the folder
         details = {"folder": str(part)} | getattr(e, "details", {})
         raise ValidationError(f"{part} cannot be traced: {e}", details=details, original_error=e)

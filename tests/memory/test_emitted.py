@@ -12,7 +12,7 @@ from devsky_nb import estimate_vram, plan_vram
 from devsky_nb.errors import ValidationError
 from devsky_nb.hub.load import quiet
 from devsky_nb.memory.emitted import code_of
-from devsky_nb.memory.estimate import find_model, is_flat, Setup
+from devsky_nb.memory.estimate import find_model, is_flat, lies_last, Setup
 from devsky_nb.memory.formats import FORMATS, weight_bytes
 from devsky_nb.memory.offload import fetched_bytes, group_numbers, OFFLOADS
 from devsky_nb.memory.plan import candidates, PlanOption
@@ -194,6 +194,9 @@ def test_what_groups_hold_is_what_diffusers_holds(kind, offload):
     *[({"quant": quant, "offload": "sequential"}, "do not move by themselves") for quant in ("torchao-int8", "layerwise-fp8")],
     ({"quant": "torchao-int4"}, "computes in bf16"), ({"quant": "torchao-int4", "dtype": "bf16", "device": "cpu"}, "for CUDA"),
     ({"fused": True, "quant": "nf4"}, "cannot be joined"), ({"compile": True, "offload": "sequential"}, "nothing to"),
+    *[({"model": model, name: value}, "there is none") for model, name, value in (
+        ("dinov2-base", "attention", "math"), ("tiny-clip", "lora", 8), ("tiny-clip", "vae", "fp16-fix"), ("kandinsky22", "vae_tiling", True))],
+    ({"model": "tiny-clip", "frames": 4}, "makes no video"), ({"model": "tiny-clip", "images": 2}, "draws from none"), ({"images": 3}, "draws from none"),
     ({"model": "clip-vit-base", "compile": True}, "there is none"), ({"model": "clip-vit-base", "channels_last": True}, "there is neither"),
     ({"model": "sd15", "vae": "fp16-fix"}, "for Stable Diffusion XL"), ({"offload": "group-leaf-stream"}, "group-leaf"),
     ({"quant": "torchao"}, "torchao-int8"), ({"compile": "yes"}, "True or False"), ({"fused": 1}, "True or False")])
@@ -284,7 +287,25 @@ def test_torchao_stores_what_is_predicted(quant):
     assert sum(getattr(layer.weight, name).nbytes for name in names) == weight_bytes((384, 256), quant, 2)
 
 
+@pytest.mark.parametrize("dtype", ["fp16", "fp32"])
+def test_channels_last_turns_the_operands_of_convolutions_and_not_their_results(dtype):
+    usual, last = (estimate_vram("sdxl-base", dtype, vae="fp16-fix", channels_last=wanted) for wanted in (False, True))
+    operand = 256 * 1024 ** 2 * (4 if dtype == "fp32" else 2)  # of the decoder's largest convolutions
+    beside = [found.peak_run.workspace - found.calibration.library for found in (usual, last)]
+    assert beside == [operand * (1 if dtype == "fp32" else 2), operand]
+    assert last.peak_allocated <= usual.peak_allocated and last.peak_reserved > last.peak_allocated
+
+
+@pytest.mark.slow
+def test_the_way_to_attend_is_written_for_a_network_by_itself(folder_of):
+    code = code_of(estimate_vram(folder_of("text, FLUX") / "transformer", "bf16", attention="math", width=SIDE, height=SIDE))
+    compile(code, "network", "exec")
+    assert "# run it with sdpa_kernel(SDPBackend.MATH): model(...)" in code
+
+
 def test_networks_of_videos_are_not_flat(folder_of):
     flat = {name: is_flat(network) for name, network in estimate(folder_of("text, SDXL"), "text, SDXL").traced.networks.items()}
     assert flat == {"vae": True, "unet": True, "text_encoder": False, "text_encoder_2": False}
+    last = estimate(folder_of("text, SDXL"), "text, SDXL", channels_last=True).traced
+    assert {name: lies_last(last, name) for name in last.networks} == flat
     assert not any(is_flat(network) for network in estimate(folder_of("video, Wan"), "video, Wan").traced.networks.values())

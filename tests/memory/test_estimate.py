@@ -17,6 +17,7 @@ from devsky_nb.memory.inputs import Switches, Workload
 from devsky_nb.memory.plan import PlanOption
 from devsky_nb.memory.traces import take_trace
 from hubcache import make_repo
+from tiny_pipelines import write_pipeline
 
 GIB = 2**30
 RESIDENT = """
@@ -93,7 +94,7 @@ def test_a_trace_serves_every_other_configuration(monkeypatch):
 
 
 @pytest.mark.parametrize("options, said", [
-    ({"model": "sdxl-bsae"}, "did you mean 'sdxl-base'"), ({"model": None}, "expected an alias"), ({"model": ""}, "Known are"),
+    ({"model": "sdxl-bsae"}, "did you mean 'sdxl-base'"), ({"model": None}, "expected an alias"), ({"model": ""}, "devsky models list"),
     ({"model": 7}, "expected an alias"), ({"model": "/nowhere"}, "no model '/nowhere'"), ({"dtype": "float16"}, "fp32, fp16, bf16"),
     ({"quant": "int4"}, "int8, nf4, nf4-dq, fp4"), ({"offload": "disk"}, "model, sequential, group"), ({"vae": "huge"}, "fp16-fix"),
     ({"attention": "flash"}, "sdpa, math, sliced"), ({"device": "tpu"}, "cuda, mps, cpu"),
@@ -453,12 +454,19 @@ SLOW = pytest.mark.slow
 
 @pytest.mark.parametrize("alias,kind", [
     ("sd15", "StableDiffusionControlNetPipeline"), ("sd15", "NoSuchPipeline"), pytest.param("flux1-dev", "FluxFillPipeline", marks=SLOW),
+    pytest.param("pixart-xl", "PixArtSigmaPAGPipeline", marks=SLOW), pytest.param("sd15", "MarigoldDepthPipeline", marks=SLOW),
     pytest.param("sdxl-base", "StableVideoDiffusionPipeline", marks=SLOW)])
 def test_a_pipeline_that_cannot_be_played_through_says_so(alias, kind, tmp_path):
     folder = as_pipeline(with_settings(tmp_path / "m", None, alias=alias), kind)
     found = estimate_vram(folder)
     assert found.traced.lower_bound and found.peak_allocated > found.loaded > 2**30
     assert "the peak is a lower bound" in str(found) and "the peak is a lower bound" in json.dumps(found.to_dict())
+
+
+@pytest.mark.parametrize("size", [{}, {"width": 64, "height": 64}])
+def test_arguments_that_only_a_pipeline_s_user_knows_make_a_lower_bound(size, tmp_path):
+    found = estimate_vram(as_pipeline(write_pipeline("FluxFillPipeline", tmp_path), "VisualClozeGenerationPipeline"), **size)
+    assert found.traced.lower_bound and "task_prompt" in str(found) and found.peak_allocated > found.loaded
 
 
 def test_a_plan_says_of_every_way_that_its_peak_is_a_lower_bound(tmp_path, capsys):
@@ -572,10 +580,11 @@ def test_encoders_of_any_kind_are_run(kind, tmp_path):
 @pytest.mark.parametrize("kind, options", [
     ("AutoencoderTiny", {}), ("AutoencoderKLWan", {"base_dim": 16}), ("AutoencoderKLQwenImage", {"base_dim": 16}), ("AutoencoderKLFlux2", {}),
     ("AutoencoderKLLTXVideo", {}), ("AutoencoderDC", {"encoder_block_types": "ResBlock"}), ("AutoencoderKLHunyuanVideo", {}), ("AutoencoderKLCogVideoX", {})])
-def test_decoders_of_any_kind_are_run(kind, options, tmp_path):
+def test_decoders_of_any_kind_are_run(kind, options, tmp_path, recwarn):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind} | options), encoding="utf-8")
     found = estimate_vram(tmp_path, width=256, height=256)
     assert found.peak_allocated > found.loaded > 0 and not found.traced.lower_bound
+    assert not [str(warning.message) for warning in recwarn if "config attribute" in str(warning.message)]
 
 
 def test_to_encode_an_image_takes_less_than_to_decode_it():

@@ -45,15 +45,21 @@ def same(a, b):
     return all(np.array_equal(getattr(a.trace, name), getattr(b.trace, name)) for name in ("kind", "which", "size", "result", "scaled"))
 
 
-EXAMPLES = {"sd15", "sdxl-base", "sd3-medium", "flux1-dev", "pixart-sigma", "clip-vit-base", "siglip-base", "tiny-sdxl"}
+EXAMPLES = {"sd15", "flux1-dev", "clip-vit-base", "siglip-base", "tiny-sdxl"}
 MODELS = [model if model in EXAMPLES else pytest.param(model, marks=pytest.mark.slow) for model in KNOWN]  # at once: each architecture
-FITS = all(read_trace(file) for file in PACKAGED_TRACES.iterdir())  # taken with minor releases that are installed here
+FITS = any(read_trace(file) for file in PACKAGED_TRACES.iterdir())  # taken with minor releases that are installed here
 packaged = pytest.mark.skipif(not FITS, reason=f"the package's traces are not for {current_releases()}, and not used")
 
 
 def test_the_traces_of_the_package_are_those_of_its_models_and_no_others():
     expected = {f"{trace_key(*question)}.npz" for model in KNOWN for question in usual(model)}
     assert expected == {file.name for file in PACKAGED_TRACES.iterdir()}, "run make traces"
+
+
+@packaged
+def test_no_trace_of_the_package_is_stale():
+    stale = [file.name for file in (*PACKAGED_TRACES.iterdir(), *PUBLISHED_TRACES.iterdir()) if read_trace(file) is None]
+    assert not stale, "run make traces"
 
 
 @packaged
