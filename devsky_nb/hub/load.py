@@ -16,9 +16,9 @@ from math import prod
 from pathlib import Path
 from typing import Any, Protocol, TYPE_CHECKING
 
-from .._core import read_json, read_text, require
+from .._core import check_regular, read_json, read_text, require
 from ..device import check_device, default_dtype, is_out_of_memory
-from ..errors import MLError, ModelLoadError, ValidationError
+from ..errors import DevSkyyError, MLError, ModelLoadError, ValidationError
 from .configs import AGAIN, check_configs, class_names, configurations, fields, LIBRARIES
 from .configs import PIPELINE_PARTS, refused, RefusedModel
 from .cache import MANIFEST
@@ -316,9 +316,32 @@ def check_small_files(folder: Path) -> None:
         ModelLoadError: one cannot be read.
     """
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):
+        for path in place.iterdir():
+            if path.exists() and not path.is_dir(): check_regular(path, AGAIN)
         for name in SMALL_FILES:
             if (place / name).exists(): read_json(place / name, max_bytes=TOKENIZER_BYTES, remedy=AGAIN)
         if (place / "merges.txt").exists(): read_text(place / "merges.txt", TOKENIZER_BYTES, AGAIN)
+
+def missing_libraries(cls: Any) -> list[str]:
+    "What a class of transformers needs, and is not installed."
+    if type(cls).__name__ == "DummyObject": return list(cls._backends)
+    parts = cls.get_attributes() if hasattr(cls, "get_attributes") else ()
+    return ["torchvision"] if "video_processor" in parts and find_spec("torchvision") is None else []
+
+def check_processors(folder: Path) -> None:
+    """Refuse a pipeline of which a tokenizer or a processor needs a library that is not installed.
+
+    Raises:
+        DevSkyyError: a library is missing.
+    """
+    for name, entry in read_index(folder).items():
+        if not is_component(entry) or entry[0] != "transformers": continue
+        if entry[1] not in exported("transformers"): continue
+        with quiet("transformers"): lacking = missing_libraries(getattr(import_module("transformers"), entry[1]))
+        if not lacking: continue
+        raise DevSkyyError(f"the {name} of {folder.name!r} is a {entry[1]}, which needs {' and '.join(lacking)}: run "
+                           f"pip install {' '.join(lacking)}", error_code="MissingLibrary",
+                           details={"libraries": lacking, "component": name})
 
 def pipeline_class(folder: Path) -> Any:  # a class of diffusers
     """The class of the pipeline in a folder.
@@ -347,6 +370,7 @@ def load_pipeline(folder: Path,
     "Load a pipeline, each of its networks completely or not at all."
     cls = pipeline_class(folder)
     check_classes(folder)
+    check_processors(folder)
     check_small_files(folder)
     for part in weight_folders(folder):
         if part.name in parts: continue

@@ -17,7 +17,7 @@ from .._core import check_flag
 from ..errors import ModelLoadError, ModelNotFoundError, ValidationError
 from .configs import check_configs
 from .fetch import fetch_apart, fetch_limits, FetchLimits, FetchRequest, NotFetched
-from .models import (check_revision, choose_version, find_spec, KNOWN, lock_path, locked_versions,
+from .models import (check_revision, choose_version, find_spec, KINDS, KNOWN, lock_path, locked_versions,
                      ModelSpec)
 from .pins import (COMMIT, fetch_command, folder_name, is_within, matching_commits, pin, pinned_commit,
                    record_use, repo_folder, snapshot_commits, write_ref)
@@ -68,13 +68,18 @@ def check_links(snapshot: Path) -> None:
                              details={"folder": str(snapshot), "file": path.name, "remedy": remedy})
 
 # %% ../../nbs/hub/09_locate.ipynb #dc65c9c0
+IMAGE_KINDS = ("clip", "siglip", "dinov2", "dinov3", "vit", "open_clip")
+PIPELINE_KINDS = tuple(kind for kind in KINDS if kind not in IMAGE_KINDS)
+SMALL = {"tiny-clip": ("clip", None), "tiny-sdxl": PIPELINE_KINDS}  # what the package carries: for whom it will do
+MADE_FOR = {"tiny-clip": "which knows drawn garments only", "tiny-sdxl": "which draws garments only"}
+
 def ways_out(spec: ModelSpec,
              cache_dir: str | Path | None = None,  # that lacks the model
              ) -> list[str]:  # commands
     "How to come by a model that is not here, or to do without it."
     fetch = ["devsky", "models", "prefetch", spec.alias] if spec.alias in KNOWN else ["hf", "download", spec.repo_id]
     if hub_cache(cache_dir) != hub_cache(): fetch += ["--cache-dir", str(hub_cache(cache_dir))]
-    return [shlex.join(fetch), "--model tiny-clip"] if spec.kind in (None, "clip") else [shlex.join(fetch)]
+    return [shlex.join(fetch), *(f"--model {name}" for name in SMALL if spec.kind in SMALL[name])]
 
 def title(spec: ModelSpec, revision: str) -> str:
     "A model for a message, under the names that its user knows."
@@ -99,7 +104,7 @@ def not_here(spec: ModelSpec,
     remedies = ways_out(spec, cache_dir)
     way = f"Fetch it with `{remedies[0]}`"
     if "HF_HUB_OFFLINE" in why: way += " where HF_HUB_OFFLINE is not set"
-    for command in remedies[1:]: way += f", or try things out with `{command}`, which knows drawn garments only"
+    for command in remedies[1:]: way += f", or try things out with `{command}`, {MADE_FOR[command.split()[-1]]}"
     cache = str(hub_cache(cache_dir))
     details = {"alias": spec.name, "repo_id": spec.repo_id, "revision": revision, "cache_dir": cache, "reason": why,
                "remedies": remedies}
@@ -108,10 +113,11 @@ def not_here(spec: ModelSpec,
                               details=details, original_error=error)
 
 # %% ../../nbs/hub/09_locate.ipynb #dc65c9d1
-IMAGE_KINDS = ("clip", "siglip", "dinov2", "dinov3", "vit", "open_clip")
 WANTED = {"image": (IMAGE_KINDS, "only models that see images are embedded with", "tiny-clip"),
           "clip": (("clip",), "only CLIP models (model_type clip) are embedded with here", "tiny-clip"),
-          "sdxl": (("sdxl",), "only Stable Diffusion XL pipelines are drawn with", "tiny-sdxl")}
+          "sdxl": (("sdxl",), "only Stable Diffusion XL pipelines are drawn with", "tiny-sdxl"),
+          "pipeline": (PIPELINE_KINDS, "only pipelines of diffusers are loaded here", "tiny-sdxl"),
+          "lora": ((), "only LoRAs are loaded beside a pipeline", "")}  # what will do instead; "": nothing
 
 @contextmanager
 def wanting(kind: str,  # of `WANTED`
@@ -125,17 +131,19 @@ def wanting(kind: str,  # of `WANTED`
         try: spec = find_spec(name, known)
         except ValidationError: pass  # whoever looks for it says more
     if spec is not None and spec.kind not in (None, *kinds):
-        raise ValidationError(f"{name} is a model of kind {spec.kind!r}, and {only}, such as {instead}",
+        such = f", such as {instead}" if instead else ""
+        raise ValidationError(f"{name} is a model of kind {spec.kind!r}, and {only}{such}",
                               details={"model": str(name), "kind": spec.kind, "wanted": kind})
     try: yield
     except ModelNotFoundError as e:
-        if spec is None or spec.kind in ("clip", "sdxl") or "remedies" not in e.details: raise
+        if spec is None or spec.kind in ("clip", *PIPELINE_KINDS) or "remedies" not in e.details: raise
         where = " where HF_HUB_OFFLINE is not set" if "HF_HUB_OFFLINE" in e.message else ""
-        remedies = [e.details["remedies"][0], f"--model {instead}"]
+        remedies = [e.details["remedies"][0], *([f"--model {instead}"] if instead else [])]
         what = e.message.partition(". Fetch it with")[0]
         if spec.kind is not None: message = f"{what}; `{remedies[0]}` fetches it{where}"
         else: message = f"{what}; {only}: if it is one, `{remedies[0]}` fetches it{where}"
-        raise ModelNotFoundError(f"{message}. Or do without it: `{remedies[1]}`",
+        without = f". Or do without it: `{remedies[1]}`" if instead else ""
+        raise ModelNotFoundError(f"{message}{without}",
                                  details=e.details | {"remedies": remedies}, original_error=e.original_error)
 
 # %% ../../nbs/hub/09_locate.ipynb #fe7c0002
@@ -284,6 +292,19 @@ def local_source(name: str | Path, known: Mapping[str, ModelSpec]) -> LocalSourc
     raise ValidationError(f"no model in {str(name)!r}: a model's folder has a config.json or a model_index.json",
                           details={"name": str(name)})
 
+SINGLE_FILES = {
+    ".gguf": "it holds one network in fewer bits. Name its pipeline, and give the file for that network, in Python: "
+             "load_quantized_pipeline({pipeline!r}, {{'transformer': {file!r}}}); PipelineGenerator takes the same",
+    ".safetensors": "a file of weights does not say what they are for. Name a folder or a Hub id; of a single-file "
+                    "checkpoint, from_single_file({file!r}).save_pretrained(folder) of its pipeline in diffusers makes a folder"}
+
+def refuse_single_file(name: str | Path) -> None:
+    "Say what is to be done with a file of weights that was named as a model."
+    suffix = Path(name).suffix.lower()
+    if suffix not in SINGLE_FILES or is_model_folder(name): return
+    what = SINGLE_FILES[suffix].format(file=str(name), pipeline="black-forest-labs/FLUX.1-dev")
+    raise ValidationError(f"{str(name)!r} is no model but a file: {what}", details={"name": str(name)})
+
 def find_source(name: str | Path,  # alias, "org/name" on the Hub, or a local folder
                 known: Mapping[str, ModelSpec] = KNOWN,
                 cache_dir: str | Path | None = None,
@@ -297,6 +318,7 @@ def find_source(name: str | Path,  # alias, "org/name" on the Hub, or a local fo
         raise ValidationError(f"no model {name!r}: expected an alias, 'org/name' or a folder",
                               details={"name": repr(name)})
     check_revision(revision)
+    refuse_single_file(name)
     local = local_source(name, known)
     if local is not None:
         refuse_versions(f"the folder {str(name)!r}", revision=revision, version=version, stage=stage)

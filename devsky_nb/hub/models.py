@@ -252,8 +252,8 @@ def find_spec(name: str,  # alias, or "org/name"
     near = near_names(name, known)
     hint = f": did you mean {near[0]!r}?" if near else "."
     for other in near[1:]: hint += f" Or {other!r}?"
-    raise ValidationError(f"no model {name!r}{hint} Known are {', '.join(known)}; also a Hub id 'org/name', "
-                          "or a folder that has a config.json",
+    raise ValidationError(f"no model {name!r}{hint} `devsky models list` has the known ones; any other has a Hub id "
+                          "'org/name', or is a folder with a config.json",
                           details={"name": name, "known": list(known), "nearest": near[0] if near else None})
 
 # %% ../../nbs/hub/06_models.ipynb #077e0c43

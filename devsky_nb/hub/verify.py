@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from .._core import check_flag, format_bytes, format_count, html_table, read_json
-from ..errors import ModelLoadError, ValidationError
+from ..errors import DevSkyyError, ModelLoadError, ValidationError
 from .pins import (cached_commit, COMMIT, fetch_command, is_within, read_ref, ref_remedy, repo_folder,
                    repo_name)
 from .settings import cache_folder, CacheProblem, hub_cache
@@ -249,6 +249,27 @@ def ref_problem(repo: Path,  # models--org--name
     if (repo / "refs" / name).stat().st_size == len(commit): return None
     return f"ref {name} has more in it than a commit, such as a newline"
 
+def model_folders(cache: Path) -> list[Path]:
+    "The repositories of models in a cache."
+    try: names = os.listdir(cache)
+    except FileNotFoundError: return []
+    except OSError as e:
+        remedy = "Give read permission, or name another folder"
+        raise DevSkyyError(f"the cache {str(cache)!r} cannot be read: {e.strerror}. {remedy}",
+                           details={"cache_dir": str(cache)}, original_error=e)
+    return sorted(cache / name for name in names if name.startswith("models--") and (cache / name).is_dir())
+
+def check_readable(repo: Path,  # models--org--name
+                   ) -> Iterator[CacheProblem]:
+    "Folders of a repository in which nothing can be looked at, so that they would seem empty."
+    for folder in (repo, *(repo / name for name in ("refs", "snapshots", "blobs"))):
+        try: os.listdir(folder)
+        except (FileNotFoundError, NotADirectoryError): continue
+        except OSError as e:
+            remedy = f"Give read permission with `{shlex.join(['chmod', '-R', 'u+rX', str(folder)])}`"
+            yield CacheProblem(f"{folder.name} cannot be read: {e.strerror}", remedy, repo_name(repo))
+            return
+
 def check_refs(repo: Path,  # models--org--name
                ) -> Iterator[CacheProblem]:
     "Refs that lead to no revision, and revisions that lack files."
@@ -323,6 +344,7 @@ def verify_cache(repo_id: str | None = None,  # None: every model
         ValidationError: the repository or the revision is not cached, a revision was given without its repository, or
             the cache is no folder.
         ModelLoadError: the ref that `revision` names cannot be read.
+        DevSkyyError: the cache cannot be read.
     """
     from tqdm.auto import tqdm
     check_flag("progress", progress)
@@ -330,13 +352,16 @@ def verify_cache(repo_id: str | None = None,  # None: every model
         raise ValidationError(f"verify_cache(revision={revision!r}) needs the repo_id as well")
     commit = None
     if repo_id is None:
-        repos = sorted(p for p in cache_folder(cache_dir).glob("models--*") if p.is_dir())
+        repos = model_folders(cache_folder(cache_dir))
     else:
         repos = [repo_folder(repo_id, cache_dir)]
         if revision is not None: commit = cached_commit(repo_id, revision, cache_dir)
     report = VerifyReport()
     jobs: list[BlobJob] = []
     for repo in repos:
+        unreadable = [*check_readable(repo)]
+        report.problems += unreadable
+        if unreadable: continue
         report.problems += [p for p in check_refs(repo) if commit in (None, p.revision)]
         jobs += blob_jobs(repo, commit)
     report.files = len(jobs)

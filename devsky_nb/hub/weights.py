@@ -13,7 +13,7 @@ from math import ceil, prod
 from pathlib import Path, PurePosixPath
 from typing import Any, TYPE_CHECKING
 
-from .._core import damaged, read_json, write_atomically
+from .._core import check_regular, damaged, read_json, write_atomically
 from ..errors import DevSkyyError, ModelLoadError
 from .settings import hub_cache
 
@@ -101,7 +101,10 @@ def is_open_clip(folder: Path) -> bool:
 def network_files(part: Path) -> list[Path]:  # folder of one network
     "The files of weights in a folder, in all variants."
     if is_open_clip(part): return [part / name for name in OPEN_CLIP_WEIGHTS if (part / name).is_file()][:1]
-    return sorted(path for path in part.glob("*.safetensors") if is_weights_file(path))
+    found = sorted(path for path in part.glob("*.safetensors") if is_weights_file(path))
+    for path in found:
+        if path.exists() and not path.is_file(): check_regular(path, "Save or fetch the model again")
+    return found
 
 def weights_variant(part: Path,  # folder of one network
                     dtype: "torch.dtype",  # the model is to have

@@ -187,6 +187,27 @@ def test_a_blob_that_may_not_be_read_is_a_finding_for_another_user(hub):
     assert [p.what for p in as_nobody(problems_of, hub)] == ["cannot be read: Permission denied"]
 
 
+@pytest.mark.parametrize("part", [".", "snapshots", "blobs", "refs"])
+def test_a_repository_that_may_not_be_read_is_a_finding_and_not_an_empty_one(part, hub):
+    repo = hub / "models--shop--clip"
+    (repo / part).chmod(0)
+    try: [problem] = as_nobody(problems_of, hub)
+    finally: (repo / part).chmod(0o755)
+    assert problem.what == f"{repo.name if part == '.' else part} cannot be read: Permission denied" and "chmod -R u+rX" in problem.remedy
+
+
+def test_a_cache_that_may_not_be_read_is_not_sound(hub):
+    (hub / "locked").mkdir()
+    (hub / "locked").chmod(0)
+    assert "cannot be read: Permission denied" in as_nobody(refused_by, hub)
+
+
+def refused_by(hub):
+    locked = hub / "locked"
+    try: return verify_cache(cache_dir=locked).ok
+    except DevSkyyError as e: return e.message
+
+
 def problems_of(hub): return verify_cache(cache_dir=hub).problems
 
 

@@ -341,7 +341,7 @@ def test_a_cache_that_is_a_file_is_no_folder(tmp_path):
     (lambda: verify_cache(progress="yes"), "progress="), (lambda: cache_report(5), "cache_dir=5"), (lambda: cache_report("a\0b"), "cache_dir="),
     (lambda: cache_report("~nobody-of-that-name/x"), "cache_dir="), (lambda: ModelRegistry(cache_dir=5), "cache_dir=5"),
     (lambda: ModelRegistry(cache_dir=True), "cache_dir=True"), (lambda: ModelRegistry(offline="yes"), "offline='yes'"),
-    (lambda: ModelRegistry(offline=1), "offline=1"), (lambda: ModelRegistry(lockfile=5), "lockfile=5"), (lambda: ModelRegistry(device=5), "no device '5'"),
+    (lambda: ModelRegistry(offline=1), "offline=1"), (lambda: ModelRegistry(lockfile=5), "lockfile=5"), (lambda: ModelRegistry(device=5), "device='5': "),
     (lambda: ModelRegistry().prefetch(5), "5"), (lambda: ModelRegistry().locate("tiny-clip", timeout="1h"), "timeout="),
     (lambda: ModelRegistry().prefetch("tiny-clip", timeout=0), "timeout=0"), (lambda: ModelRegistry().prefetch("tiny-clip", max_bytes=1.5), "max_bytes=1.5"),
     (lambda: locate_model("tiny-clip", offline="no"), "offline='no'"), (lambda: plan_eviction(max_bytes="1GB"), "max_bytes='1GB'")])
