@@ -42,16 +42,19 @@ def check_device(device: "str | torch.device | None",  # such as "cpu", "cuda:1"
     Raises:
         ValidationError: this machine has no such device.
     """
-    import torch
     name = detect_device() if device is None else str(device)
-    kind, _, index = name.partition(":")
+    kind, colon, index = name.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (colon and not (index.isascii() and index.isdecimal())):
+        raise ValidationError(f"device={name!r:.60}: no such device; there are 'cpu', 'mps', 'cuda' and its numbers, as in "
+                              "'cuda:1'", details={"device": name})
+    if name == "cpu": return name  # known without torch, which takes seconds to import
+    import torch
     counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if name == kind:
         index = str(torch.cuda.current_device()) if name == "cuda" and counts["cuda"] else "0"
-    if index.isascii() and index.isdecimal() and int(index) < counts.get(kind, 0):
-        return f"cuda:{int(index)}" if kind == "cuda" else kind
+    if int(index) < counts[kind]: return f"cuda:{int(index)}" if kind == "cuda" else kind
     best = detect_device()
-    raise ValidationError(f"no device {str(device)!r} on this machine: use {best!r}, or leave it out",
+    raise ValidationError(f"device={name!r}: this machine has no such device; use {best!r}, or leave it out",
                           details={"device": str(device), "detected": best})
 
 # %% ../nbs/01_device.ipynb #57987025

@@ -321,3 +321,36 @@ def save(kind, folder):
         made = small_tokenizer(part[1]) if "Tokenizer" in part[1] else random_network(folder / name)
         made.save_pretrained(folder / name)
     return folder
+
+
+class Processor:
+    "A tokenizer, and what a processor of transformers puts around it; the real ones need torchvision."
+    def __init__(self, tokenizer): self.tokenizer = tokenizer
+
+    def apply_chat_template(self, chats, padding, max_length, truncation, **_):
+        texts = [" ".join(part["text"] for message in chat for part in message["content"]) for chat in chats]
+        return self.tokenizer(texts, padding=padding, max_length=max_length, truncation=truncation, return_tensors="pt")
+
+    def __call__(self, text, images=None, videos=None, **options):
+        from transformers import BatchFeature
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+        if images is None: return self.tokenizer(text, **options)
+        seen = Qwen2VLImageProcessorPil(min_pixels=28**2, max_pixels=56**2)(images, return_tensors="pt")
+        before, after = (self.tokenizer(half)["input_ids"] for half in text[0].split("<|image_pad|>"))
+        ids = torch.tensor([before + [151655] * (int(seen["image_grid_thw"].prod()) // 4) + after])
+        return BatchFeature({"input_ids": ids, "attention_mask": torch.ones_like(ids)} | dict(seen))
+
+
+def assemble(kind, folder):
+    "A pipeline of a class whose processor is a `Processor`; the folder gets its configurations."
+    import diffusers
+    write_pipeline(kind, folder)
+    parts = {}
+    for name, part in PIPELINES[kind].items():
+        if not isinstance(part, tuple) or part == NONE: parts[name] = None if part == NONE else part
+        elif "Scheduler" in part[1]: parts[name] = getattr(diffusers, part[1])(**part[2])
+        elif "Processor" in part[1]: parts[name] = Processor(small_tokenizer("T5TokenizerFast"))
+        else: parts[name] = small_tokenizer(part[1]) if "Tokenizer" in part[1] else random_network(folder / name)
+    pipeline = getattr(diffusers, kind)(**parts)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

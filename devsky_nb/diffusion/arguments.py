@@ -48,6 +48,7 @@ def check_guidance(value: object, negative_prompt: str | None) -> float:  # `val
 # %% ../../nbs/diffusion/11_arguments.ipynb #11a00006
 INSTEAD = {"generator": "seed=, which is kept in the image", "latents": "seed=, which is kept in the image",
            "num_images_per_prompt": "generate_batch([prompt] * n, seeds=[...])",
+           "num_images": "generate_batch([prompt] * n, seeds=[...])", "n": "generate_batch([prompt] * n, seeds=[...])",
            "batch_size": "generate_batch, which draws several at a time", "seeds": "seed=", "seed": "seeds=, a list",
            "steps": "num_inference_steps=", "num_steps": "num_inference_steps=", "cfg_scale": "guidance_scale=",
            "guidance": "guidance_scale=", "size": "width= and height=", "callback_on_step_end": "callback=",
@@ -59,11 +60,13 @@ INSTEAD = {"generator": "seed=, which is kept in the image", "latents": "seed=, 
            "negative_prompt_3": "negative_prompt=, which all text encoders read",
            "prompt_embeds": "prompt=: the pipeline itself takes embeddings, in a call of its own",
            "lora_scale": "load_lora(..., weight=...)", "cross_attention_kwargs": "load_lora(..., weight=...)",
-           "joint_attention_kwargs": "load_lora(..., weight=...)", "true_cfg": "true_cfg_scale=",
-           "init_image": "image=", "mask": "mask_image=", "denoising_strength": "strength=",
+           "joint_attention_kwargs": "load_lora(..., weight=...)", "attention_kwargs": "load_lora(..., weight=...)",
+           "true_cfg": "true_cfg_scale=",
+           "init_image": "image=", "mask": "mask_image=", "denoising_strength": "strength=", "resize_mode": "fit=",
            "image": "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts",
            "mask_image": "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts",
-           "strength": "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts"}
+           "strength": "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts",
+           "fit": "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts"}
 
 def refuse_unknown(given: dict[str, object],  # keywords that the call does not know
                    known: Iterable[str],  # those that it knows

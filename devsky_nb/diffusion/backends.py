@@ -23,18 +23,22 @@ if TYPE_CHECKING:
 FORMATS = {"bitsandbytes": ("nf4-dq", "nf4", "fp4-dq", "fp4", "int8"), "torchao": ("int8", "fp8", "int4"),
            "layerwise": ("fp8",)}  # by backend
 
-def label_settings(label: str,  # one of `FORMATS[backend]`
-                   backend: str,
-                   dtype: "torch.dtype",  # of the pipeline
-                   skip: tuple[str, ...] = (),  # names of modules to leave alone
-                   ) -> dict:
-    "The settings of a format for one network."
+def check_label(label: str, backend: str) -> None:
+    "Refuse a format that a backend does not have."
     check_choice("backend", backend, FORMATS)
     others = " or ".join(repr(name) for name, formats in FORMATS.items() if label in formats)
     if others and label not in FORMATS[backend]:
         raise ValidationError(f"quantize={label!r} needs backend={others}, and not {backend!r}",
                               details={"quantize": label, "backend": backend})
     check_choice("quantize", label, FORMATS[backend])
+
+def label_settings(label: str,  # one of `FORMATS[backend]`
+                   backend: str,
+                   dtype: "torch.dtype",  # of the pipeline
+                   skip: tuple[str, ...] = (),  # names of modules to leave alone
+                   ) -> dict:
+    "The settings of a format for one network."
+    check_label(label, backend)
     if backend != "bitsandbytes": return {"backend": backend, "format": label, "modules_to_not_convert": list(skip)}
     quant_type, _, double = label.partition("-")
     settings = bnb_settings(label != "int8", double == "dq", "nf4" if label == "int8" else quant_type, dtype)

@@ -6,14 +6,15 @@
 __all__ = []
 
 # %% ../../nbs/diffusion/12_calls.ipynb #19c10002
-import inspect
-from collections.abc import Iterator, Mapping
+import inspect, sys
+from collections.abc import Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import isqrt
+from pathlib import Path
 from typing import Any
 
-from .._core import check_count, check_number
+from .._core import check_count, check_number, read_json
 from .arguments import check_prompt, check_seed, ImageSettings, most_steps, STEPS
 from ..errors import ValidationError
 from ..hub.load import quiet
@@ -25,16 +26,31 @@ def call_defaults(cls: type) -> dict[str, Any]:  # by name; `inspect.Parameter.e
     return {name: parameter.default for name, parameter in parameters.items() if name != "self"}
 
 # %% ../../nbs/diffusion/12_calls.ipynb #19c10008
+GIVEN = ("prompt", "image", "mask_image", "width", "height", "num_inference_steps", "strength", "guidance_scale", "generator",
+         "args", "kwargs")  # what a call may need
+
+def returned_fields(cls: type) -> set[str]:
+    "What a pipeline returns, as far as its module says."
+    from diffusers.utils import BaseOutput
+    found = [value for name, value in vars(sys.modules[cls.__module__]).items() if name.endswith("PipelineOutput")]
+    outputs = [value for value in found if isinstance(value, type) and issubclass(value, BaseOutput)]
+    return {field.name for output in outputs for field in fields(output)}
+
 def objection_to(cls: type) -> str | None:  # None: it draws images
     "Why a generator cannot draw with a pipeline."
     takes = call_defaults(cls)
+    returns = returned_fields(cls)
     parts = inspect.signature(getattr(cls, "__init__")).parameters
-    if "num_frames" in takes or "video_length" in takes: return "makes videos"
-    if any(name.startswith("audio") for name in takes): return "makes sounds"
+    needed = [name for name, default in takes.items() if default is inspect.Parameter.empty and name not in GIVEN]
+    if "num_frames" in takes or "video_length" in takes or "frames" in returns: return "makes videos"
+    if any(name.startswith("audio") for name in takes) or "audios" in returns: return "makes sounds"
     if "prompt" not in takes: return "draws from no text"
     if "control_image" in takes: return "draws from a control image"
     if "vae" not in parts or "scheduler" not in parts or not {"unet", "transformer"} & set(parts):
         return "is no single pipeline from a text to an image"
+    if "layers" in takes: return "draws an image in several layers"
+    if returns and not returns & {"images", "image"}: return f"returns no images, but {' and '.join(sorted(returns))}"
+    if needed: return f"needs {', '.join(needed)}, which a generator does not take"
     return None
 
 def check_drawable(cls: type) -> None:
@@ -50,6 +66,10 @@ def denoiser(pipeline: Any) -> Any:  # its `transformer` or `unet`
     return getattr(pipeline, "transformer", None) or pipeline.unet
 
 # %% ../../nbs/diffusion/12_calls.ipynb #19c1000b
+def latent_side(pipeline: Any) -> int:  # pixels
+    "How many pixels a side of a latent has."
+    return getattr(pipeline, "vae_scale_factor", None) or pipeline.vae_scale_factor_spatial
+
 def patch_side(pipeline: Any) -> int:  # latents
     "How many latents a side of a patch has."
     if hasattr(pipeline, "_pack_latents") or hasattr(pipeline, "_patchify_latents"): return 2
@@ -63,6 +83,9 @@ def objection(pipeline: Any,
               **options: Any,  # of its call
               ) -> str | None:  # None: there is none, as far as it can tell
     "What a pipeline itself has against a call."
+    sizes = getattr(pipeline, "resolutions", None)  # others are brought to one of them in silence
+    if sizes and "width" in options and (options["width"], options["height"]) not in sizes:
+        return f"width and height have to be one of {', '.join(f'{width}×{height}' for width, height in sizes)}"
     check = getattr(pipeline, "check_inputs", None)
     if check is None: return None
     given = {"callback_steps": None} | call_defaults(type(pipeline)) | options
@@ -81,13 +104,13 @@ def usual_size(pipeline: Any) -> tuple[int, int]:  # width and height, pixels
     side = getattr(pipeline, "default_sample_size", None) or denoiser(pipeline).config.get("sample_size")
     if side is None: return 1024, 1024
     height, width = (side, side) if isinstance(side, int) else side
-    return width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor
+    return width * latent_side(pipeline), height * latent_side(pipeline)
 
 def size_multiple(pipeline: Any,
                   **options: Any,  # of its call, which nothing else is against
                   ) -> int:  # pixels
     "What a side of an image has to be a multiple of."
-    multiple = pipeline.vae_scale_factor * patch_side(pipeline)
+    multiple = latent_side(pipeline) * patch_side(pipeline)
     width, height = usual_size(pipeline)
     if objection(pipeline, **options, width=width, height=height): return multiple
     while multiple < 64:
@@ -106,8 +129,16 @@ def largest_side(pipeline: Any, multiple: int) -> int:  # pixels
     if table and "AuraFlow" in type(pipeline).__name__: table = isqrt(table)  # of all positions, not of a side
     axes = config.get("axes_lens")
     patches = table or (min(axes[1:]) if axes else None)
-    unit = pipeline.vae_scale_factor * patch_side(pipeline)
+    unit = latent_side(pipeline) * patch_side(pipeline)
     return min(LARGEST, patches * unit // multiple * multiple) if patches else LARGEST
+
+def smallest_side(multiple: int) -> int:  # pixels
+    "The smallest side that is worth drawing."
+    return max(multiple, 64 // multiple * multiple)
+
+def side_limits(pipeline: Any, multiple: int) -> tuple[int, int]:  # pixels
+    "The smallest and the largest side that a pipeline draws."
+    return min(smallest_side(multiple), *usual_size(pipeline)), largest_side(pipeline, multiple)
 
 def check_size(name: str,  # "width" or "height"
                side: object,
@@ -115,9 +146,32 @@ def check_size(name: str,  # "width" or "height"
                multiple: int,  # as `size_multiple` says
                ) -> int:  # `side`
     "A side that a pipeline can draw."
-    lowest = max(multiple, 64 // multiple * multiple)
-    lowest = min(lowest, *usual_size(pipeline))
-    return check_count(name, side, lowest, largest_side(pipeline, multiple), multiple=multiple)
+    return check_count(name, side, *side_limits(pipeline, multiple), multiple=multiple)
+
+# %% ../../nbs/diffusion/12_calls.ipynb #9e210002
+UNETS = ("UNet2DConditionModel",)
+PACKING = ("FluxTransformer2DModel", "ChromaTransformer2DModel", "Flux2Transformer2DModel")  # two latents to a patch
+
+def stated_multiple(folder: Path) -> int | None:  # pixels; None: the pipeline has to be asked
+    "What a side has to be a multiple of, by the files of a pipeline."
+    parts = [folder / name / "config.json" for name in ("unet", "transformer", "vae")]
+    config = {file.parent.name: read_json(file) for file in parts if file.is_file()}
+    blocks = config.get("vae", {}).get("block_out_channels")
+    network = (config.get("unet") or config.get("transformer") or {}).get("_class_name")
+    if not isinstance(blocks, list) or not blocks: return None
+    factor = 2 ** (len(blocks) - 1)
+    if network in PACKING: return 2 * factor
+    return max(8, factor) if network in UNETS else None  # 8 is what the pipelines with a UNet themselves ask for
+
+def check_stated_sizes(folder: Path,
+                       **sides: int | None,  # pixels; None: not given
+                       ) -> None:
+    "Refuse a side that is not the multiple which a pipeline's files ask for."
+    multiple = stated_multiple(folder)
+    if multiple is None: return
+    for name, side in sides.items():
+        if side is None or side % multiple == 0: continue
+        check_count(name, side, smallest_side(multiple), LARGEST, multiple=multiple)
 
 # %% ../../nbs/diffusion/12_calls.ipynb #19c10010
 def counts_guidance(pipeline: Any) -> bool:
@@ -198,10 +252,12 @@ def call_options(pipeline: Any,
     return options
 
 @contextmanager
-def told_of(index: int) -> Iterator[None]:
-    "Say which prompt of a list it was."
+def told_of(index: int, prompts: Sized) -> Iterator[None]:
+    "Say which prompt of several it was, if an error is about that one alone."
     try: yield
     except ValidationError as e:
+        is_its_own = e.details.get("argument") == "prompt" or "seed" in e.details
+        if len(prompts) == 1 or not is_its_own: raise
         raise ValidationError(f"prompt {index}: {e.message}", details=e.details | {"index": index}, original_error=e)
 
 def check_steps(pipeline: Any, steps: object) -> int:
@@ -221,7 +277,7 @@ def check_values(prompts: object,
         message = f"seeds must be a list of {len(prompts)}, one for each prompt, or None: not {seeds!r:.60}"
         raise ValidationError(message, details={"argument": "seeds", "prompts": len(prompts)})
     for index, prompt in enumerate(prompts):
-        with told_of(index):
+        with told_of(index, prompts):
             check_prompt(prompt)
             if seeds is not None: check_seed(seeds[index])
     for name, value in numbers.items():

@@ -181,9 +181,15 @@ def read_manifest(folder: Path) -> dict:
     return about
 
 # %% ../../nbs/diffusion/05_checkpoint.ipynb #3c8e2367
+def name_in(network: Any, stored: str) -> str:
+    "The name that a tensor of a file has in a network: transformers changes many while it reads."
+    for change in getattr(network, "_weight_conversions", None) or ():
+        if not hasattr(change, "operations"): stored, _ = change.rename_source_key(stored)
+    return stored
+
 def network_problem(network: "torch.nn.Module", part: Path) -> str | None:  # None: there is none
     "What is wrong with a network that was read from a checkpoint."
-    stored = {name for file in network_files(part) for name, _ in tensor_shapes(file)}
+    stored = {name_in(network, name) for file in network_files(part) for name, _ in tensor_shapes(file)}
     found = network.state_dict()
     written = {found[name].data_ptr() for name in stored & found.keys()}
     tied = {name for name in found.keys() - stored if found[name].data_ptr() in written}  # one tensor of two names

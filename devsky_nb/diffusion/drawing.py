@@ -112,13 +112,12 @@ def draw_batch(pipeline: Any,  # of the jobs' class
     options["generator"] = each([torch.Generator().manual_seed(job.settings.seed) for job in batch])
     if first.settings.negative_prompt is not None:
         options["negative_prompt"] = each([first.settings.negative_prompt] * len(batch))
-    for name, image in vars(first.inputs).items():
-        if image is None: continue
+    for name, image in first.inputs.images().items():
         options[name] = each([image] * len(batch)) if "strength" in takes else image
     with noise_in_float32(pipeline), seeded_steps(pipeline.scheduler, options["generator"]): result = pipeline(**options)
     if any(getattr(result, "nsfw_content_detected", None) or ()):
         log.warning("the model's safety checker has made an image black")
-    return list(result.images)
+    return list(result.images if hasattr(result, "images") else result.image)
 
 # %% ../../nbs/diffusion/16_drawing.ipynb #11c4b355
 Stage = Callable[[str, Callable[[], Any]], Any]  # does a part of a job, under a name
@@ -188,39 +187,58 @@ def vae_in_stages(pipeline: Any, stage: Stage) -> Iterator[None]:
             raise
 
 # %% ../../nbs/diffusion/16_drawing.ipynb #10a10071
-PREVIEWED = ("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderDC")  # VAEs that we decode with
+PREVIEWED = ("AutoencoderKL", "AutoencoderKLQwenImage", "AutoencoderDC", "AutoencoderKLFlux2")  # VAEs that we decode with
 
 def check_previews(pipeline: Any) -> None:
     "Refuse previews of a pipeline whose latents we cannot decode."
     kind = type(pipeline.vae).__name__
-    if kind in PREVIEWED: return
+    if kind in PREVIEWED and (kind != "AutoencoderKLFlux2" or hasattr(pipeline, "_unpatchify_latents")): return
     raise ValidationError(f"preview_every: there are no previews of a {type(pipeline).__name__}, whose latents only it decodes "
                           f"(with a {kind}): leave preview_every out", details={"vae": kind})
+
+def patch_rows(count: int,
+               width: int,  # pixels
+               height: int,
+               ) -> int:
+    "In how many rows patches lie, if they fill an image of nearly this shape."
+    def distortion(rows: int) -> float:
+        ratio = count / rows**2 * height / width
+        return max(ratio, 1 / ratio)
+
+    return min((rows for rows in range(1, count + 1) if count % rows == 0), key=distortion)
 
 def unpacked(pipeline: Any,
              latents: "torch.Tensor",
              width: int,  # pixels
              height: int,
-             ) -> "torch.Tensor":  # as the VAE takes them
+             ) -> "torch.Tensor":  # as the VAE takes them; of FLUX.2 still four to a patch
     "Latents out of the patches that a transformer works on."
+    if latents.ndim == 5 and latents.shape[1] == 1: return latents[:, 0].movedim(-1, 1)  # channels last, in a film of one frame
     if latents.ndim != 3: return latents
-    return pipeline._unpack_latents(latents, height, width, pipeline.vae_scale_factor)
+    count = latents.shape[1]
+    rows = patch_rows(count, width, height)
+    if hasattr(pipeline, "_unpatchify_latents"): return latents.movedim(-1, 1).unflatten(-1, (rows, count // rows))
+    side = 2 * pipeline.vae_scale_factor
+    return pipeline._unpack_latents(latents, rows * side, count // rows * side, pipeline.vae_scale_factor)
 
 def unscaled(latents: "torch.Tensor", vae: Any) -> "torch.Tensor":
     "Latents in the range that the VAE was trained with."
     import torch
-    def by_channel(name: str, usual: float) -> "torch.Tensor":
-        values = getattr(vae.config, name, None) or [usual]
-        return torch.tensor(values).view(1, -1, *[1] * (latents.ndim - 2)).to(latents)
+    def by_channel(values: Any) -> "torch.Tensor":
+        return torch.as_tensor(values).view(1, -1, *[1] * (latents.ndim - 2)).to(latents)
 
+    if hasattr(vae, "bn"):  # FLUX.2's, of patches
+        spread = torch.sqrt(vae.bn.running_var + vae.config.batch_norm_eps)
+        return latents * by_channel(spread) + by_channel(vae.bn.running_mean)
     shift = getattr(vae.config, "shift_factor", None) or 0
     factor = getattr(vae.config, "scaling_factor", None) or 1
     if getattr(vae.config, "latents_std", None) is None: return latents / factor + shift
-    return latents * by_channel("latents_std", 1.) / factor + by_channel("latents_mean", 0.)
+    mean = by_channel(getattr(vae.config, "latents_mean", None) or [0.])
+    return latents * by_channel(vae.config.latents_std) / factor + mean
 
 def decode(pipeline: Any,
            latents: "torch.Tensor",  # (B, C, h, w), or packed
-           width: int | None = None,  # pixels; None: not packed
+           width: int | None = None,  # pixels; None: not packed, and as the VAE gives it
            height: int | None = None,
            ) -> list[Image.Image]:  # B
     "Turn latents into images."
@@ -228,18 +246,23 @@ def decode(pipeline: Any,
     vae = pipeline.vae
     stored = vae.dtype
     upcast = stored == torch.float16 and hasattr(pipeline, "upcast_vae") and vae.config.force_upcast
-    latents = unpacked(pipeline, latents, width or 0, height or 0)
+    latents = unpacked(pipeline, latents, width or 1, height or 1)
     try:
         if upcast: torch.nn.Module.to(vae, torch.float32)
-        pixels = vae.decode(unscaled(latents.to(vae.dtype), vae), return_dict=False)[0]
+        latents = unscaled(latents.to(vae.dtype), vae)
+        if hasattr(pipeline, "_unpatchify_latents"): latents = pipeline._unpatchify_latents(latents)
+        pixels = vae.decode(latents, return_dict=False)[0]
         if upcast: torch.nn.Module.to(vae, stored)
     except BaseException:
         if upcast: back_to_format(vae, stored)
         raise
     if pixels.ndim == 5: pixels = pixels[:, :, 0]  # a film of one frame
     check_finite(pixels, "the VAE")
+    processor = pipeline.image_processor
+    if width and height and hasattr(processor, "resize_and_crop_tensor"):
+        pixels = processor.resize_and_crop_tensor(pixels, width, height)  # of a pipeline that draws another size than was asked for
     if getattr(pipeline, "watermark", None) is not None: pixels = pipeline.watermark.apply_watermark(pixels)
-    return pipeline.image_processor.postprocess(pixels, output_type="pil")
+    return processor.postprocess(pixels, output_type="pil")
 
 # %% ../../nbs/diffusion/16_drawing.ipynb #882f8310
 def tile_side(vae: Any) -> int | None:  # pixels; None: it has no tiles

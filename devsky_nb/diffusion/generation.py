@@ -7,7 +7,7 @@ __all__ = ['PipelineGenerator', 'QuantizedSDXLGenerator']
 
 # %% ../../nbs/diffusion/18_generation.ipynb #a9332aa9
 import hashlib, json, logging, threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,13 +17,13 @@ from .._core import check_count, check_flag, html_table, parse_bytes, require
 from ..device import check_device, dtype_name, is_out_of_memory, release_memory, release_traceback
 from .arguments import make_settings, refuse_unknown
 from .backends import FORMATS, label_settings
-from .calls import (call_options, check_drawable, check_values, denoiser, known, told_of,
-                    usual_size)
+from .calls import (call_options, check_drawable, check_stated_sizes, check_values, denoiser,
+                    known, told_of, usual_size)
 from .drawing import (check_previews, decode, draw_batch, step_down, T, tile_sides, use_tiles,
                       vae_in_stages)
 from .load import (check_memory, check_pipeline_dtype, default_components, find_pipeline,
-                   folder_identity, weight_bytes)
-from .lora import describe_adapters, Lora
+                   folder_identity, locate_pipeline, weight_bytes)
+from .lora import check_fits, check_header, check_pipeline, convert, describe_adapters, find_lora, Lora
 from .metadata import GeneratedImage, with_settings
 from .networks import decoding
 from .pipelines import load_with_settings, Quantize, refuse_mistaken, settings_by_component
@@ -34,7 +34,7 @@ from .sdxl import load_sdxl_pipeline_with_quantization_v1
 from .siblings import check_images, Inputs, Job, make_job, sibling_of
 from .turns import (go_back, is_offloaded, keep_state, offload_of, OwnLoras, place_networks,
                     turns_of, undisturbed)
-from ..errors import InsufficientMemoryError, MLError, ModelLoadError, ValidationError
+from ..errors import DevSkyyError, InsufficientMemoryError, MLError, ModelLoadError, ValidationError
 from ..hub.load import load_pipeline, pipeline_class, quiet
 from ..hub.registry import Lease, ModelRegistry, registry_for
 from ..hub.weights import folder_fingerprint, weight_folders
@@ -157,6 +157,27 @@ def lease_pipeline(model: str | Path,
                              details={"model": str(model), "label": "+".join(sorted(set(labels.values())))})
 
 # %% ../../nbs/diffusion/18_generation.ipynb #19d10041
+@contextmanager
+def about_lora(path: str | Path) -> Iterator[None]:
+    "Say which LoRA of several it was."
+    try: yield
+    except DevSkyyError as e:
+        named = "" if Path(path).name in e.message else f"{Path(path).name!r}: "
+        raise type(e)(f"loras: {named}{e.message}", details=e.details, original_error=e.original_error) from e
+
+def check_lora_file(path: str | Path, registry: ModelRegistry) -> Path:
+    "The file of a LoRA, if it is one by its header."
+    with about_lora(path):
+        file = find_lora(path, None, registry, None).path
+        check_header(file)
+    return file
+
+def check_lora_fits(pipeline: Any, file: Path) -> None:
+    "Refuse a LoRA that a pipeline has no place for; one without weights will do."
+    with about_lora(file):
+        check_pipeline(pipeline)
+        check_fits(pipeline, convert(pipeline, file), {})
+
 def sketch(folder: Path) -> "DiffusionPipeline":
     "A pipeline whose networks have no weights: enough to ask what it takes."
     import torch
@@ -288,6 +309,8 @@ class PipelineGenerator:
               image: "Image.Image | None" = None,
               mask_image: "Image.Image | None" = None,
               strength: float | None = None,
+              fit: str | None = None,
+              loras: Sequence[str | Path] = (),  # files, folders or Hub ids that `load_lora` is to load
               cache_dir: str | Path | None = None,  # of the Hub; None: the registry's
               offline: bool | None = None,  # True: never fetch; None: as the registry says
               registry: ModelRegistry | None = None,  # None: the one of this cache
@@ -308,6 +331,8 @@ class PipelineGenerator:
             image: Image.Image | None
             mask_image: Image.Image | None
             strength: float | None
+            fit: str | None
+            loras: files, folders or Hub ids that `load_lora` is to load
             cache_dir: of the Hub; None: the registry's
             offline: True: never fetch; None: as the registry says
             registry: None: the one of this cache
@@ -318,20 +343,28 @@ class PipelineGenerator:
 
         Raises:
             ValidationError: the model would refuse it, or draws no images.
+            FileNotFoundError: there is no such file of a LoRA.
             ModelNotFoundError: no such model is here, and nothing allowed us to fetch it.
-            ModelLoadError: the files cannot be used.
+            ModelLoadError: the files cannot be used, or a LoRA is for another model.
         """
         numbers = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "width": width,
                    "height": height, "true_cfg_scale": true_cfg_scale, "strength": strength}
         check_values(prompts, seeds, numbers)
-        inputs = check_images(image, mask_image)
-        folder = find_pipeline(model, registry_for(registry, cache_dir, offline), revision)
+        inputs = check_images(image, mask_image, strength, fit)
+        registry = registry_for(registry, cache_dir, offline)
+        if loras: require("peft")
+        adapters = [check_lora_file(path, registry) for path in loras]
+        if image is None: check_stated_sizes(locate_pipeline(model, registry, revision), width=width, height=height)
+        folder = find_pipeline(model, registry, revision)
         check_drawable(pipeline_class(folder))
         pipeline = sketch(folder)
         made = []
         for index, prompt in enumerate(prompts):
             options: dict[str, Any] = numbers | {"negative_prompt": negative_prompt, "seed": seeds[index] if seeds else None}
-            with told_of(index): made.append(known(make_job(pipeline, inputs, prompt, **options).settings))
+            with told_of(index, prompts): job = make_job(pipeline, inputs, prompt, **options, fit=fit)
+            inputs = job.inputs  # fitted once
+            made.append(known(job.settings) | ({"fit": inputs.fit} if inputs.fit else {}))
+        for adapter in adapters: check_lora_fits(pipeline, adapter)
         return made
 
     # %% ../../nbs/diffusion/18_generation.ipynb #161727c0
@@ -461,6 +494,7 @@ class PipelineGenerator:
                   ) -> "list[Image.Image]":
         "Draw a batch from the beginning."
         progress.advance(begun)
+        if "processor" in drawing.components and batch[0].inputs.image is not None: size = 1  # it reads an image with one text
         images = []
         for start in range(0, len(batch), size):
             part = batch[start:start + size]
@@ -542,7 +576,9 @@ class PipelineGenerator:
         check_values(prompts, seeds, {})
         jobs = []
         for index, prompt in enumerate(prompts):
-            with told_of(index): jobs.append(self._job(inputs, prompt, seed=seeds[index] if seeds else None, **settings))
+            seed = seeds[index] if seeds else None
+            with told_of(index, prompts): jobs.append(self._job(inputs, prompt, seed=seed, **settings))
+            inputs = jobs[-1].inputs  # fitted once
         return jobs
 
     def _stream(self,
@@ -578,6 +614,7 @@ class PipelineGenerator:
                         image: "Image.Image | None" = None,  # to begin with, as `load_image` gives it
                         mask_image: "Image.Image | None" = None,  # of its size; white: drawn anew
                         strength: float | None = None,  # noise that the image gets, 0 to 1; None: the pipeline's own
+                        fit: str | None = None,  # brings an image to a size that is drawn: "crop" or "resize"; None: it has one
                         progress: bool = True,  # a bar on standard error
                         callback: Callback | None = None,  # gets steps done, steps in all, previews by index
                         preview_every: int | None = None,  # steps
@@ -602,6 +639,7 @@ class PipelineGenerator:
             image: to begin with, as `load_image` gives it
             mask_image: of its size; white: drawn anew
             strength: noise that the image gets, 0 to 1; None: the pipeline's own
+            fit: brings an image to a size that is drawn: "crop" or "resize"; None: it has one
             progress: a bar on standard error
             callback: gets steps done, steps in all, previews by index
             preview_every: steps
@@ -621,8 +659,8 @@ class PipelineGenerator:
         self._open()
         settings = {"negative_prompt": negative_prompt, "num_inference_steps": num_inference_steps,
                     "guidance_scale": guidance_scale, "true_cfg_scale": true_cfg_scale, "width": width, "height": height,
-                    "strength": strength}
-        jobs = self._jobs(prompts, seeds, check_images(image, mask_image), settings)
+                    "strength": strength, "fit": fit}
+        jobs = self._jobs(prompts, seeds, check_images(image, mask_image, strength, fit), settings)
         size = check_count("batch_size", batch_size, 1, 64)
         return self._stream(jobs, size, self._watch(jobs, progress, callback, preview_every, cancel))
 
@@ -640,6 +678,7 @@ class PipelineGenerator:
                  image: "Image.Image | None" = None,  # to begin with, as `load_image` gives it
                  mask_image: "Image.Image | None" = None,  # of its size; white: drawn anew
                  strength: float | None = None,  # noise that the image gets, 0 to 1; None: the pipeline's own
+                 fit: str | None = None,  # brings an image to a size that is drawn: "crop" or "resize"; None: it has one
                  progress: bool = True,  # a bar on standard error
                  callback: Callback | None = None,  # gets steps done, steps in all, previews by index
                  preview_every: int | None = None,  # steps
@@ -660,6 +699,7 @@ class PipelineGenerator:
             image: to begin with, as `load_image` gives it
             mask_image: of its size; white: drawn anew
             strength: noise that the image gets, 0 to 1; None: the pipeline's own
+            fit: brings an image to a size that is drawn: "crop" or "resize"; None: it has one
             progress: a bar on standard error
             callback: gets steps done, steps in all, previews by index
             preview_every: steps
@@ -674,9 +714,10 @@ class PipelineGenerator:
         """
         refuse_unknown(mistaken, (*IMAGE_OPTIONS, *FURTHER))
         self._open()
-        job = self._job(check_images(image, mask_image), prompt, negative_prompt=negative_prompt, seed=seed,
-                        num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, width=width, height=height,
-                        true_cfg_scale=true_cfg_scale, strength=strength)
+        inputs = check_images(image, mask_image, strength, fit)
+        job = self._job(inputs, prompt, negative_prompt=negative_prompt, seed=seed, num_inference_steps=num_inference_steps,
+                        guidance_scale=guidance_scale, width=width, height=height, true_cfg_scale=true_cfg_scale,
+                        strength=strength, fit=fit)
         [drawn] = self._stream([job], 1, self._watch([job], progress, callback, preview_every, cancel))
         return drawn
 
@@ -1025,4 +1066,4 @@ WATCHING = ("progress", "callback", "preview_every", "cancel")
 SETTINGS = ("negative_prompt", "num_inference_steps", "guidance_scale", "width", "height")
 IMAGE_OPTIONS = ("prompt", *SETTINGS, "seed", *WATCHING)
 BATCH_OPTIONS = ("prompts", "seeds", "batch_size", *SETTINGS, *WATCHING)
-FURTHER = ("true_cfg_scale", "image", "mask_image", "strength")  # what not every pipeline takes
+FURTHER = ("true_cfg_scale", "image", "mask_image", "strength", "fit")  # what not every pipeline takes

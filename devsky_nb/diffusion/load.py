@@ -8,7 +8,6 @@ __all__ = []
 # %% ../../nbs/diffusion/04_load.ipynb #c70a4f6f
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
@@ -25,7 +24,7 @@ from .networks import (as_current, check_vae, check_vae_choice, decoding, guard,
 from .quantization import (check_parts, config_settings, hush_casts, is_quantized, keep_whole,
                            quantized_layers, settings_label)
 from ..errors import InsufficientMemoryError, MLError, ModelLoadError, ValidationError
-from ..hub.load import check_sdxl, load_pipeline, part_class, pipeline_class, refuse_quantized
+from ..hub.load import check_processors, check_sdxl, load_pipeline, part_class, pipeline_class, refuse_quantized
 from ..hub.locate import wanting
 from ..hub.pins import repo_name
 from ..hub.registry import ModelRegistry
@@ -315,17 +314,25 @@ def check_pipeline_dtype(dtype: object, device: str) -> "torch.dtype":
     raise ValidationError(f"dtype={dtype!r}: expected torch.float16, torch.bfloat16 or torch.float32, not a text",
                           details={"dtype": str(dtype)})
 
+def locate_pipeline(model_id: str | Path,  # alias, "org/name" or folder
+                    registry: ModelRegistry,
+                    revision: str | None,
+                    kind: str = "pipeline",  # or "sdxl"
+                    ) -> Path:
+    "The folder of what should be a pipeline; nothing is imported for it."
+    with wanting(kind, model_id, registry.known): return registry.locate(model_id, revision=revision)
+
 def find_pipeline(model_id: str | Path,  # alias, "org/name" or folder
                   registry: ModelRegistry,
                   revision: str | None,
                   sdxl: bool = False,  # nothing else will do
                   ) -> Path:
     "The folder of a pipeline that is not quantized yet."
-    with wanting("sdxl", model_id, registry.known) if sdxl else nullcontext():
-        folder = registry.locate(model_id, revision=revision)
+    folder = locate_pipeline(model_id, registry, revision, "sdxl" if sdxl else "pipeline")
     if sdxl: check_sdxl(folder)
     pipeline_class(folder)
     refuse_quantized(folder)
+    check_processors(folder)
     return folder
 
 def check_packed_vae(request: LoadRequest) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from math import inf, isclose, isfinite, sqrt
 from pathlib import Path, PurePosixPath
 from typing import Any, TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from .._core import (check_number, check_path, check_regular, damaged, format_bytes, format_count, is_integer,
                      parse_json, require)
@@ -23,7 +24,8 @@ from ..errors import (FileNotFoundError, InsufficientMemoryError, ModelLoadError
 from ..hub.fetch import FetchLimits, is_file_name
 from ..hub.load import quiet
 from ..hub.locate import (check_links, fetch, found_or_fetched, HubSource, listed_files, LocalSource,
-                          present_folder, refuse_versions)
+                          present_folder, refuse_versions, wanting)
+from ..hub.models import REPO_ID
 from ..hub.pins import record_use
 from ..hub.registry import is_shared, ModelRegistry, registry_for
 from ..hub.weights import file_digest, identity_of, networks
@@ -85,7 +87,9 @@ def hub_names(source: HubSource, registry: ModelRegistry) -> list[str]:
         if names: return names
     every = replace(source.spec, allow_patterns=(f"*{SUFFIX}",))
     limits = FetchLimits(bytes=FETCHED_BYTES)
-    try: fetched = fetch(every, source.revision, registry.cache_dir, registry.offline, limits)
+    try:
+        with wanting("lora", source.spec.repo_id):
+            fetched = fetch(every, source.revision, registry.cache_dir, registry.offline, limits)
     except ModelNotFoundError as e:
         raise ModelNotFoundError(f"{e.message}. Or name one of its files: file='….safetensors'", details=e.details,
                                  original_error=e)
@@ -101,9 +105,10 @@ def hub_lora(name: str, file: str | None, registry: ModelRegistry, revision: str
         raise ValidationError(f"file={file!r:.60}: expected the name of a file of safetensors", details={"file": file})
     spec = replace(source.spec, allow_patterns=(glob.escape(file),))
     limits = FetchLimits(bytes=FETCHED_BYTES)
-    folder = found_or_fetched(HubSource(spec, source.revision), registry.cache_dir, registry.offline, limits)
-    if not (folder / file).is_file():
-        folder = fetch(spec, source.revision, registry.cache_dir, registry.offline, limits)
+    with wanting("lora", spec.repo_id):
+        folder = found_or_fetched(HubSource(spec, source.revision), registry.cache_dir, registry.offline, limits)
+        if not (folder / file).is_file():
+            folder = fetch(spec, source.revision, registry.cache_dir, registry.offline, limits)
     record_use(spec.repo_id, folder.name, registry.cache_dir)
     check_links(folder)
     return LoraFile(folder / file, spec.repo_id, folder.name)
@@ -118,7 +123,8 @@ def find_lora(path: str | Path,  # file, folder, or "org/name" on the Hub
     if file is not None and not (isinstance(file, str) and is_file_name(file)):
         raise ValidationError(f"file={file!r:.60}: expected the name of a file of safetensors",
                               details={"file": repr(file)})
-    is_local = isinstance(path, Path) or place.exists() or place.suffix in (SUFFIX, *PICKLES)
+    is_hub_id = isinstance(path, str) and "/" in path and re.fullmatch(REPO_ID, path) is not None
+    is_local = place.exists() or place.suffix in (SUFFIX, *PICKLES) or not is_hub_id
     if not is_local: return hub_lora(str(path), file, registry, revision)
     refuse_versions(f"the file or folder {str(path)!r}", revision=revision)
     return local_lora(place.absolute(), file)
@@ -348,6 +354,10 @@ def describe_adapters(pipeline: Any) -> list[dict[str, Any]]:  # "name", "weight
 def check_pipeline(pipeline: Any) -> None:
     "Refuse what takes no LoRA, or not now."
     kind = type(pipeline)
+    if isinstance(pipeline, str | Path):
+        name = f"{str(pipeline)!r:.200}"
+        raise ValidationError(f"expected a pipeline, and {name} names a model: pipeline = load_quantized_pipeline({name}), "
+                              "then load_lora(pipeline, file)", details={"pipeline": name})
     if not (hasattr(kind, "load_lora_weights") and hasattr(kind, "_lora_loadable_modules")):
         raise ValidationError(f"diffusers loads no LoRA into a {kind.__name__}", details={"pipeline": kind.__name__})
     layers: list[Any] = [layer for network in networks(pipeline) for layer in network.modules()]
@@ -407,6 +417,13 @@ def note_record(pipeline: Any, found: LoraFile, name: str, adapter: str, weight:
             part.lora_record = record
     return record
 
+_TRAINED: "WeakKeyDictionary[torch.nn.Module, list[torch.nn.Parameter]]" = WeakKeyDictionary()
+
+def note_trained(pipeline: Any) -> None:
+    "Remember which weights of networks without adapters may be trained: peft says of all that they may not."
+    for network in networks(pipeline):
+        if not adapters_of(network): _TRAINED[network] = [weight for weight in network.parameters() if weight.requires_grad]
+
 def put_in(pipeline: Any,
            found: LoraFile,
            name: str,  # that its user knows
@@ -425,6 +442,7 @@ def put_in(pipeline: Any,
     counts = check_fits(pipeline, tensors, instead)
     check_room_for(pipeline, tensors)
     before = adapter_state(pipeline)
+    note_trained(pipeline)
     options: dict[str, Any] = {"load_into_transformer_2": True} if network else {}
     try:
         with as_it_was(pipeline) as structure:
@@ -537,6 +555,7 @@ def take_out(pipeline: Any, names: Iterable[str]) -> None:
             if not here or adapters_of(network): continue
             recurse_remove_peft_layers(network)
             for attribute in ("peft_config", "_hf_peft_config_loaded"): vars(network).pop(attribute, None)
+            for weight in _TRAINED.pop(network, ()): weight.requires_grad_(True)  # on which torch's way to multiply depends
 
 # %% ../../nbs/diffusion/08_lora.ipynb #19060019
 def unload_lora(pipeline: "DiffusionPipeline",  # of your own

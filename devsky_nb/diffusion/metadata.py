@@ -18,9 +18,9 @@ from ..errors import FileNotFoundError, ValidationError
 
 # %% ../../nbs/diffusion/14_metadata.ipynb #aaf6fdb2
 TEXT_FIELDS = ("prompt", "negative_prompt", "model", "revision", "fingerprint", "quantization", "dtype", "device",
-               "pipeline", "image_hash", "mask_hash", "scheduler", "software")  # written as they are
+               "pipeline", "image_hash", "mask_hash", "fit", "scheduler", "software")  # written as they are
 JSON_FIELDS = ("num_inference_steps", "width", "height", "seed", "adapters", "stepped_down", "versions")
-OPTIONAL_FIELDS = ("guidance_scale", "true_cfg_scale", "strength")  # numbers that not every pipeline takes
+OPTIONAL_FIELDS = ("guidance_scale", "true_cfg_scale", "strength", "image_size")  # what not every image has
 
 def png_chunks(info: dict) -> PngImagePlugin.PngInfo:
     "Settings as text chunks."
@@ -82,6 +82,7 @@ def is_setting(name: str, value: object) -> bool:
     if name == "versions": return isinstance(value, dict) and all(isinstance(v, str) for v in value.values())
     if name == "stepped_down": return isinstance(value, list) and all(isinstance(v, str) for v in value)
     if name == "adapters": return isinstance(value, list) and all(map(is_adapter, value))
+    if name == "image_size": return isinstance(value, list) and len(value) == 2 and all(map(is_integer, value))
     return is_integer(value) or (name in OPTIONAL_FIELDS and isinstance(value, float) and isfinite(value))
 
 def is_adapter(entry: object) -> bool:

@@ -6,7 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/diffusion/03_networks.ipynb #ef3b24a7
-import logging, weakref
+import logging, warnings, weakref
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -277,7 +277,8 @@ def without_offload(pipeline: Any) -> Iterator[None]:
 def refused_lora(pipeline: object, why: object) -> ModelLoadError:
     "The error for a LoRA that does not become part of a pipeline."
     reason = " ".join(str(why).split())[:300].rstrip(".")
-    return ModelLoadError(f"the LoRA cannot be loaded: {reason}. The {type(pipeline).__name__} is as it was",
+    end = "" if reason.endswith("?") else "."
+    return ModelLoadError(f"the LoRA cannot be loaded: {reason}{end} The {type(pipeline).__name__} is as it was",
                           details={"pipeline": type(pipeline).__name__},
                           original_error=why if isinstance(why, Exception) else None)
 
@@ -292,14 +293,15 @@ def load_adapter(pipeline: Any, *args: Any, **kwargs: Any) -> list[str]:  # what
     names = {network: set(adapters_of(network)) for network in networks(pipeline)}
     try:
         with (packed_as_it_is(pipeline), as_it_was(pipeline), without_offload(pipeline),
-              quiet("transformers", "diffusers") as said):
+              quiet("transformers", "diffusers") as said, warnings.catch_warnings()):
+            warnings.filterwarnings("ignore", "Already found a `peft_config`")  # of every LoRA but the first
             type(pipeline).load_lora_weights(pipeline, *args, **kwargs)
             added = any(set(adapters_of(network)) - had for network, had in names.items())
             if not added and not kwargs.get("hotswap", False):
                 raise ModelLoadError("no layer of this pipeline is named in it")
     except Exception as e: raise refused_lora(pipeline, e)
     for text in said:
-        if "unexpected" in text: log.warning(text)
+        if "unexpected keys" in text: log.warning(text)
     return said
 
 # %% ../../nbs/diffusion/03_networks.ipynb #6af2932f

@@ -29,14 +29,22 @@ if TYPE_CHECKING:
 
 # %% ../../nbs/diffusion/07_pipelines.ipynb #19000045
 OPTIONS = ("dtype", "vae", "fallback", "quantize_once", "budget", "cache_dir", "offline", "registry", "revision")
+MEANT = {"torch_dtype": "torch_dtype= has become dtype=, such as dtype=torch.float16",
+         "device_map": "there is no device_map=: device= says where to compute, and load_quantized_pipeline(..., offload=True) "
+                       "has networks wait in main memory",
+         "variant": "there is no variant=: the files that go with dtype= are read",
+         "use_safetensors": "there is no use_safetensors=: nothing else is read",
+         "trust_remote_code": "there is no trust_remote_code=: code of a model is never run",
+         "custom_pipeline": "there is no custom_pipeline=: code of a model is never run",
+         "low_cpu_mem_usage": "there is no low_cpu_mem_usage=: it is always so"}
 
 def refuse_mistaken(options: dict[str, Any]) -> None:
     "Refuse keywords that the loaders do not know, with the call that was meant."
     if not options: return
     check_pipeline_call(**options)
     details = {"options": list(options)}
-    if "torch_dtype" in options:
-        raise ValidationError("torch_dtype= has become dtype=, such as dtype=torch.float16", details=details)
+    for name in options:
+        if name in MEANT: raise ValidationError(MEANT[name], details=details)
     raise ValidationError(f"unknown options {', '.join(options)}: there are {', '.join(OPTIONS)}", details=details)
 
 def load_with_settings(model_id: str | Path,  # alias, "org/name" or folder
@@ -125,6 +133,9 @@ def settings_by_component(quantize: Quantize,
         chosen = default_components(folder, dtype)
         if backend == "layerwise": chosen = [name for name in chosen if is_of_diffusers(folder, name)]
         return dict.fromkeys(chosen, settings)
+    if config_settings(quantize):
+        raise ValidationError(f"a {type(quantize).__name__} is for one network: say for which, as in "
+                              "quantize={'transformer': config}", details={"given": type(quantize).__name__})
     if not isinstance(quantize, Mapping):
         raise ValidationError(f"quantize={quantize!r:.60}: expected one of {', '.join(FORMATS[backend])}, a dictionary of "
                               "networks, or None", details={"given": repr(quantize)[:60]})

@@ -8,16 +8,17 @@ __all__ = []
 # %% ../../nbs/diffusion/13_siblings.ipynb #19c20002
 import copy, hashlib
 from dataclasses import dataclass, field
+from math import sqrt
 from types import SimpleNamespace
 from typing import Any, TYPE_CHECKING
 
 from PIL import ExifTags, Image
 
-from .._core import check_number
+from .._core import check_choice, check_number
 from .arguments import check_prompts, check_seed, ImageSettings
 from .calls import (call_defaults, call_options, check_negative, check_size, check_steps, guidance_of,
-                    objection, PipelineSettings, refuse_idle, size_multiple, true_guidance_of,
-                    usual_size)
+                    objection, PipelineSettings, refuse_idle, side_limits, size_multiple,
+                    true_guidance_of, usual_size)
 from ..errors import ValidationError
 from ..hub.load import quiet
 
@@ -48,8 +49,6 @@ def class_for(cls: Any,  # of the pipeline that was loaded
     takes = call_defaults(cls)
     kind = cls.__name__
     details = {"pipeline": kind}
-    if mask_image is not None and image is None:
-        raise ValidationError("mask_image= needs image=: it says which part of that is drawn anew", details=details)
     if image is None:
         if draws_from_text(cls): return cls
         more = " and mask_image=" if "mask_image" in takes else ""
@@ -80,15 +79,26 @@ def sibling_of(pipeline: Any, cls: Any) -> Any:  # of class `cls`, with the netw
     return sibling
 
 # %% ../../nbs/diffusion/13_siblings.ipynb #19c2000b
+FITS = {"crop": "crop", "resize": "default"}  # as diffusers calls them
+
 @dataclass(frozen=True)
 class Inputs:
     "The images that an image is drawn from."
     image: Image.Image | None = None
     mask_image: Image.Image | None = None  # grey levels; white: drawn anew
+    fit: str | None = None  # how they were brought to this size; None: they are as they were given
+    given: "Inputs | None" = None  # what they were made from; None: themselves
 
-    def facts(self) -> dict[str, str | None]:
+    def images(self) -> dict[str, Image.Image]:
+        "What a pipeline is called with."
+        both = {"image": self.image, "mask_image": self.mask_image}
+        return {name: image for name, image in both.items() if image is not None}
+
+    def facts(self) -> dict[str, Any]:
         "What is written into the image that is drawn."
-        return {"image_hash": image_hash(self.image), "mask_hash": image_hash(self.mask_image)}
+        given = self.given or self
+        size = {} if given.image is None else {"image_size": list(given.image.size)}
+        return size | {"image_hash": image_hash(given.image), "mask_hash": image_hash(given.mask_image), "fit": self.fit}
 
 def image_hash(image: Image.Image | None) -> str | None:  # 64 hexadecimal digits
     "SHA-256 of an image's mode, size and pixels."
@@ -107,10 +117,28 @@ def check_image(name: str, image: object) -> Image.Image | None:  # `image`
     raise ValidationError(f"{name}: {problem}. devsky_nb.load_image makes what is needed of files, bytes, arrays and images: "
                           f"{name}=load_image(...)[0]", details={"argument": name, "provided": type(image).__name__})
 
-def check_images(image: object, mask_image: object) -> Inputs:
-    "The images that were given; a mask in grey levels."
-    image, mask = check_image("image", image), check_image("mask_image", mask_image)
-    return Inputs(None if image is None else image.convert("RGB"), None if mask is None else mask.convert("L"))
+def size_text(size: tuple[int, int]) -> str: return "×".join(map(str, size))
+
+def check_images(image: object,
+                 mask_image: object,
+                 strength: object = None,
+                 fit: object = None,  # one of `FITS`
+                 ) -> Inputs:
+    "The images that were given, and what goes with them alone; a mask in grey levels."
+    picture = check_image("image", image)
+    mask = check_image("mask_image", mask_image)
+    if fit is not None: check_choice("fit", fit, FITS)
+    whys = {"mask_image": (mask_image, "it says which part of that is drawn anew"), "fit": (fit, "it says how that is fitted"),
+            "strength": (strength, "it says how much of that is drawn anew")}
+    for name, (value, why) in whys.items():
+        if value is None or picture is not None: continue
+        raise ValidationError(f"{name}= needs image=: {why}", details={"argument": name})
+    if picture is None: return Inputs()
+    if mask is None: return Inputs(picture.convert("RGB"))
+    if mask.size != picture.size:
+        raise ValidationError(f"mask_image is {size_text(mask.size)}, and image {size_text(picture.size)}: make them alike",
+                              details={"argument": "mask_image", "size": list(mask.size)})
+    return Inputs(picture.convert("RGB"), mask.convert("L"))
 
 def chooses_size(cls: type) -> bool:
     "Whether a pipeline that takes an image draws in a size of its own choice."
@@ -118,17 +146,40 @@ def chooses_size(cls: type) -> bool:
     return "image" in takes and "strength" not in takes and "width" in takes
 
 def check_inputs_fit(cls: type, inputs: Inputs, multiple: int) -> None:
-    "Refuse images that would be stretched."
-    if inputs.image is None: return
+    "Refuse an image that would be stretched."
+    if inputs.image is None or chooses_size(cls): return
     width, height = inputs.image.size
-    fitting = [max(multiple, side // multiple * multiple) for side in (width, height)]
-    if not chooses_size(cls) and fitting != [width, height]:
-        raise ValidationError(f"image is {width}×{height}, and a {cls.__name__} takes multiples of {multiple}: crop or resize "
-                              f"it to {fitting[0]}×{fitting[1]}", details={"argument": "image", "size": [width, height]})
-    if inputs.mask_image is None or inputs.mask_image.size == inputs.image.size: return
-    other = "×".join(map(str, inputs.mask_image.size))
-    raise ValidationError(f"mask_image is {other}, and image {width}×{height}: make them alike",
-                          details={"argument": "mask_image", "size": list(inputs.mask_image.size)})
+    fitting = max(multiple, width // multiple * multiple), max(multiple, height // multiple * multiple)
+    if fitting == (width, height): return
+    raise ValidationError(f"image is {width}×{height}, and a {cls.__name__} takes multiples of {multiple}: crop or resize it "
+                          f"to {size_text(fitting)}, or give fit='crop' or fit='resize'",
+                          details={"argument": "image", "size": [width, height]})
+
+# %% ../../nbs/diffusion/13_siblings.ipynb #9e210004
+def fitting_size(pipeline: Any,
+                 size: tuple[int, int],  # of the image, pixels
+                 multiple: int,  # of a side, as `size_multiple` says
+                 width: int | None,  # asked for
+                 height: int | None,
+                 ) -> tuple[int, int]:
+    "The size to which an image is brought: what is asked for, in its own proportions, with no more pixels than is usual."
+    usual_width, usual_height = usual_size(pipeline)
+    scale = min(1, sqrt(usual_width * usual_height / (size[0] * size[1])))
+    if width is not None: scale = width / size[0]
+    elif height is not None: scale = height / size[1]
+    lowest, highest = side_limits(pipeline, multiple)
+    own_width, own_height = (min(highest, max(lowest, int(side * scale + 1e-6) // multiple * multiple)) for side in size)
+    return own_width if width is None else width, own_height if height is None else height
+
+def fitted(inputs: Inputs, size: tuple[int, int], fit: str) -> Inputs:
+    "Images in another size, made as diffusers makes them; those that were given stay as they are."
+    from diffusers.image_processor import VaeImageProcessor
+    processor = VaeImageProcessor()
+    def make(image: Any) -> Any:
+        return None if image is None else processor.resize(image, size[1], size[0], FITS[fit]).convert(image.mode)
+
+    if inputs.image is None or inputs.image.size == size: return inputs
+    return Inputs(make(inputs.image), make(inputs.mask_image), fit, inputs)
 
 # %% ../../nbs/diffusion/13_siblings.ipynb #19c2000e
 def strength_of(cls: type, strength: object) -> float | None:  # None: the pipeline takes none
@@ -168,6 +219,7 @@ def make_job(pipeline: "DiffusionPipeline",
              height: int | None = None,
              strength: float | None = None,
              seed: int | None = None,  # None: draw one
+             fit: str | None = None,  # one of `FITS`; None: the image has to fit
              ) -> Job:
     "Check everything that an image is made from."
     cls = class_for(type(pipeline), inputs.image, inputs.mask_image)
@@ -178,17 +230,23 @@ def make_job(pipeline: "DiffusionPipeline",
     guidance = guidance_of(drawing, guidance_scale)
     true_guidance = true_guidance_of(drawing, true_cfg_scale, negative_prompt)
     check_negative(drawing, negative_prompt, guidance, true_guidance)
-    given = {"prompt": prompt, "negative_prompt": negative_prompt, "num_inference_steps": steps, "strength": strength,
-             "image": inputs.image, "mask_image": inputs.mask_image}
-    given = {name: value for name, value in given.items() if value is not None}
+    given: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "num_inference_steps": steps,
+                             "strength": strength}
+    given = {name: value for name, value in given.items() if value is not None} | inputs.images()
     multiple = size_multiple(drawing, **given)
+    if fit and inputs.fit is None and inputs.image is not None and not chooses_size(cls):
+        for name, side in (("width", width), ("height", height)):
+            if side is not None: check_size(name, side, drawing, multiple)
+        inputs = fitted(inputs, fitting_size(drawing, inputs.image.size, multiple, width, height), fit)
+        given |= inputs.images()
     check_inputs_fit(cls, inputs, multiple)
     sized = inputs.image is None or not chooses_size(cls) or (width, height) != (None, None)
     usual = usual_size(drawing) if inputs.image is None else inputs.image.size
     sides = [own if side is None else side for side, own in zip((width, height), usual)]
     if sized: sides = [check_size(name, side, drawing, multiple) for name, side in zip(("width", "height"), sides)]
     if inputs.image is not None and not chooses_size(cls) and tuple(sides) != inputs.image.size:
-        raise ValidationError(f"width and height are those of image, {usual[0]}×{usual[1]}: leave them out, or resize the image",
+        raise ValidationError(f"width and height are those of image, {size_text(usual)}: leave them out, or give fit='crop' "
+                              "or fit='resize'",
                               details={"width": sides[0], "height": sides[1], "image": list(usual)})
     settings = PipelineSettings(prompt, negative_prompt, steps, guidance, sides[0], sides[1], check_seed(seed), true_guidance,
                                 strength)

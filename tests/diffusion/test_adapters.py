@@ -50,8 +50,8 @@ def pipeline(request, tmp_path_factory):
                    cache_dir=tmp_path_factory.mktemp("lora") / "hub")
 
 
-@pytest.mark.parametrize("wrong", ["unet", "text_encoder", "text_encoder_2"])
-@pytest.mark.parametrize("others", [False, True], ids=["the first", "beside another"])
+@pytest.mark.parametrize("wrong, others", [("text_encoder_2", False), ("unet", True), ("text_encoder", True)],
+                         ids=["the first", "beside another-unet", "beside another-text encoder"])
 def test_a_lora_that_does_not_fit_changes_nothing(wrong, others, pipeline, tmp_path):
     if others: pipeline.load_lora_weights(str(write_lora(pipeline, tmp_path / "good")), adapter_name="good")
     before, image, active = states(pipeline), draw(pipeline), pipeline.get_active_adapters()

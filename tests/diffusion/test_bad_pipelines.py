@@ -1,5 +1,5 @@
 "What is no pipeline, or cannot be quantized: refused whole, with what is accepted, and nothing of it is left."
-import gc, json, shutil
+import gc, json, os, shutil
 
 import pytest
 import torch
@@ -58,6 +58,15 @@ def pickled(suffix):
     return change
 
 
+def piped(pattern):
+    "Puts a pipe in the place of a file, which nobody ever writes to."
+    def change(folder):
+        (file,) = folder.glob(pattern)
+        file.unlink()
+        os.mkfifo(file)
+    return change
+
+
 BITS = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
 FOLDERS = {  # what is changed in a good folder, and what the error says
     "another class of pipeline": (index(_class_name="MyPipeline"), "MyPipeline"), "no class of pipeline": (index(_class_name=None), "which pipeline it is"),
@@ -76,6 +85,8 @@ FOLDERS = {  # what is changed in a good folder, and what the error says
     "bits in a text encoder": (config("text_encoder_2", quantization_config=BITS), "quantized already"),
     "bits of torchao": (config("transformer", quantization_config={"quant_method": "torchao", "quant_type": {"default": {}}}), "no quantization that this package reads"),
     "bits of nobody": (config("transformer", quantization_config={"quant_method": "mine"}), "no quantization that this package reads"), "bits of nothing": (config("transformer", quantization_config="nf4"), "no quantization that this package reads"),
+    "weights in a pipe": (piped("transformer/*.safetensors"), "no regular file"), "a scheduler in a pipe": (piped("scheduler/*.json"), "no regular file"),
+    "a tokenizer in a pipe": (piped("tokenizer_2/tokenizer.json"), "no regular file"),
     "a width without an end": (config("transformer", num_attention_heads=10**9), "describes|parameters|transformer"),
     "a configuration of nothing": (config("transformer", num_layers=None), "transformer")}
 

@@ -23,6 +23,8 @@ def draw(pipeline):
     "What a pipeline draws, as numbers."
     pipeline.set_progress_bar_config(disable=True)
     options = {"height": 64, "width": 64} if not hasattr(pipeline, "transformer_2") else {"height": 16, "width": 16, "num_frames": 5}
+    if type(pipeline).__name__ == "SanaPipeline": options["use_resolution_binning"] = False  # which would draw 1024 pixels
+    if type(pipeline).__name__ == "ZImagePipeline": pipeline.tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     found = pipeline("a red dress", generator=torch.Generator().manual_seed(0), num_inference_steps=2, output_type="np", **options)
     return (found.images if hasattr(found, "images") else found.frames)[0]
 
@@ -97,6 +99,25 @@ def test_images_are_those_of_diffusers(kind, pipelines, tmp_path):
     assert unload_lora(ours, "other") == ["other"] and np.array_equal(draw(ours), alone)
     assert unload_lora(ours) == ["style"] and np.array_equal(draw(ours), plain)
     assert before == [layer for network in networks(ours) for layer in network.modules()] and not adapter_names(ours)
+    assert all(weight.requires_grad for weight in ours.components.get("transformer", ours.components.get("unet")).parameters())  # torch multiplies otherwise without
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+@pytest.mark.parametrize("kind", ["QwenImagePipeline", "ZImagePipeline", "ChromaPipeline", "SanaPipeline"])
+def test_further_kinds_are_as_before_when_their_loras_are_gone(kind, quantize, pipelines, tmp_path):
+    pipeline = pipelines(kind, quantize)
+    first, second = write(pipeline, tmp_path / "first.safetensors", scale=.5), write(pipeline, tmp_path / "second.safetensors", seed=1, rank=8, scale=.5)
+    draw(pipeline)  # a processor may pack 4-bit weights anew at the first
+    plain = draw(pipeline)
+    load_lora(pipeline, first, .75)
+    one = draw(pipeline)
+    load_lora(pipeline, second, -.5)
+    two = draw(pipeline)
+    refused(pipeline, ModelLoadError, "LoRA cannot be loaded", write(pipeline, tmp_path / "bad.safetensors", change=lambda tensors: dict(list(tensors.items())[:-1])))
+    assert np.array_equal(draw(pipeline), two) and not np.array_equal(one, plain) and not np.array_equal(two, one)
+    assert unload_lora(pipeline, "second") == ["second"] and np.array_equal(draw(pipeline), one)
+    assert unload_lora(pipeline) == ["first"] and np.array_equal(draw(pipeline), plain)
 
 
 FORMATS = [("nf4", "bitsandbytes", torch.float32), *(pytest.param(*case, marks=pytest.mark.slow) for case in (
@@ -197,6 +218,21 @@ def test_what_is_no_safetensors_is_refused(sdxl, tmp_path):
     refused(sdxl, ModelLoadError, "no regular file", tmp_path / "pipe.safetensors")
     refused(sdxl, FileNotFoundError, "none.safetensors", tmp_path / "none.safetensors")
     refused(sdxl, FileNotFoundError, "none.safetensors", "none.safetensors")
+
+
+def test_what_is_no_pipeline_and_what_is_no_lora_is_told_what_would_do(tmp_path, monkeypatch):
+    call = "pipeline = load_quantized_pipeline('tiny-sdxl'), then load_lora(pipeline, file)"
+    for mistaken in (lambda: load_lora("tiny-sdxl", tmp_path / "a.safetensors"), lambda: unload_lora("tiny-sdxl")):
+        with pytest.raises(ValidationError) as caught: mistaken()
+        assert call in caught.value.message
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    registry = ModelRegistry(tmp_path, offline=True)
+    for name in ("style", "./style", "a/b/style", "/none/style"):
+        with pytest.raises(FileNotFoundError, match="no file or folder .*style"): lora_module.find_lora(name, None, registry, None)
+    for file in (None, "a.safetensors"):
+        with pytest.raises(ModelNotFoundError, match="only LoRAs are loaded beside a pipeline: if it is one, `hf download some/style") as caught: lora_module.find_lora("some/style", file, registry, None)
+        assert "tiny-clip" not in str(caught.value) and len(caught.value.details["remedies"]) == 1
+    with pytest.raises(ValidationError, match="is a model of kind 'flux', and only LoRAs"): lora_module.find_lora("black-forest-labs/FLUX.1-dev", "a.safetensors", registry, None)
 
 
 @pytest.mark.slow
