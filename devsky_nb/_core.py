@@ -110,6 +110,8 @@ def _replace(target: Path, unfinished: Path, data: str | bytes | Callable[[Binar
     "Fill `unfinished`, and give it the name of `target`."
     if target.exists() and not os.access(target, os.W_OK):
         raise PermissionError(errno.EACCES, "it is write-protected")
+    if target.is_char_device() or target.is_block_device():  # such as /dev/null, which root could replace by a file
+        raise OSError(errno.EINVAL, "it is a device")
     with unfinished.open("xb") as f:
         if callable(data): data(f)
         elif isinstance(data, str): f.write(data.encode("utf-8"))
@@ -316,6 +318,15 @@ def check_path(name: str, value: object) -> Path:
     given = os.fspath(value) if isinstance(value, str | os.PathLike) else None
     if isinstance(given, str) and given and "\0" not in given: return Path(given)
     raise _refuse(name, value, "a path")
+
+def check_utf8_path(name: str, value: object) -> Path:
+    "A path for Parquet files; Arrow opens none whose name is no UTF-8."
+    path = check_path(name, value)
+    try: str(path).encode("utf-8")
+    except UnicodeEncodeError as e:
+        raise ValidationError(f"{name}={name_text(path)!r:.200}: this name is no UTF-8, and nothing could open Parquet "
+                              "files of that name: choose another", details={name: name_text(path)}, original_error=e)
+    return path
 
 def check_share(name: str, value: object) -> float:  # `value`
     "A number from 0 to 1."

@@ -12,16 +12,19 @@ from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from operator import mul
 from pathlib import Path
-from typing import Any, TextIO, TYPE_CHECKING
+from typing import Any, NoReturn, TextIO, TYPE_CHECKING
 
 import devsky_nb
-from ._core import (check_choice, check_count, check_share, damaged, format_bytes, name_text, parse_bytes, read_text,
+from ._core import (check_choice, check_count, check_number, check_share, damaged, format_bytes, name_text, parse_bytes, read_text,
                     require, write_atomically)
+from .device import check_device
 from .errors import DevSkyyError, FileNotFoundError, ModelNotFoundError, ValidationError
 
 if TYPE_CHECKING:
     from PIL import Image
 
+    from devsky_nb.embedding.bulk import EmbedReport
+    from devsky_nb.diffusion.generation import PipelineGenerator
     from devsky_nb.embedding.embedder import ImageEmbedder
     from devsky_nb.hub.registry import ModelRegistry
     from devsky_nb.validation.contract import ImageSetContract
@@ -131,7 +134,9 @@ EXAMPLES = {  # the name of a command: calls to copy, for the end of its help
                  "validate photos --labels-from-folders --duplicates altered"],
     "generate": ['generate "a red dress" --model tiny-sdxl',
                  'generate "a red dress" "a blue coat" --seed 7 --out images',
-                 'generate "a red dress" --bits 8 --steps 20 --width 768 --height 1024'],
+                 'generate "a red dress" --bits 8 --steps 20 --width 768 --height 1024',
+                 'generate "a blue dress" --image photo.jpg --strength 0.6 --fit crop',
+                 'generate "a red dress" --lora linen.safetensors:0.8 --lora someone/lookbook-style'],
     "plan": ["plan sdxl-base --budget 8GB", 'plan flux1-dev --config "nf4, model offload" --card ada',
              "plan shop/own-sdxl --budget 12GB --fetch",
              "plan sdxl-base --budget 12GB --controlnet --ip-adapter plus --lora 16 --vae fp16-fix",
@@ -154,12 +159,16 @@ EXAMPLES = {  # the name of a command: calls to copy, for the end of its help
     "completion": ["completion bash > ~/.local/share/bash-completion/completions/devsky",
                    "completion zsh > ~/.zfunc/_devsky", "completion fish > ~/.config/fish/completions/devsky.fish"]}
 
+STATUSES = """exit status:
+  0 done, 1 a check fell short, 2 it cannot be done as called, 3 it failed,
+  130 interrupted, 141 nobody reads the output"""
+
 def add_examples(parser: argparse.ArgumentParser) -> None:
-    "Calls to copy, at the end of the help."
-    lines = EXAMPLES.get(parser.prog.removeprefix("devsky").strip(), [])
-    if not lines: return
+    "Calls to copy, and what the exit statuses mean, at the end of the help."
+    calls = EXAMPLES.get(parser.prog.removeprefix("devsky").strip(), [])
+    lines = [f"  {call}" if "|" in call else f"  devsky {call}" for call in calls]
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.epilog = "examples:\n" + "\n".join(f"  {line}" if "|" in line else f"  devsky {line}" for line in lines)
+    parser.epilog = "\n".join(["examples:", *lines, "", STATUSES])
 
 # %% ../nbs/03_cli.ipynb #15c10003
 Command = Callable[[argparse.Namespace], int]  # returns the exit status
@@ -174,7 +183,7 @@ def command(options: Callable[[argparse.ArgumentParser], None],  # adds what the
         return function
     return register
 
-def add_action(actions: "argparse._SubParsersAction[argparse.ArgumentParser]",
+def add_action(actions: "argparse._SubParsersAction[Any]",
                name: str,
                help: str,
                ) -> argparse.ArgumentParser:
@@ -187,24 +196,52 @@ def add_action(actions: "argparse._SubParsersAction[argparse.ArgumentParser]",
     parser.set_defaults(parser=parser)
     return parser
 
-def count(minimum: int = 1) -> Callable[[str], int]:
+def count(minimum: int = 1, maximum: int | None = None) -> Callable[[str], int]:
     "A reader of whole numbers."
     def read(text: str) -> int:
-        try: return check_count("number", int(text), minimum)
+        try: return check_count("number", int(text), minimum, maximum)
         except ValueError: pass  # of int, or of ours
-        raise argparse.ArgumentTypeError(f"{text!r:.60} is no whole number of at least {minimum}")
+        span = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise argparse.ArgumentTypeError(f"{text!r:.60} is no whole number {span}")
     return read
+
+class Parser(argparse.ArgumentParser):
+    "A parser whose errors are JSON where that was asked for."
+    as_json = False  # of all: set before a command line is parsed
+
+    def error(self, message: str) -> NoReturn:
+        if Parser.as_json: say_json({"error": ValidationError(message).to_dict()})
+        super().error(message)
+
+def size_text(text: str) -> str:
+    "A number of bytes, as it was written."
+    try: parse_bytes(text)
+    except ValidationError as e: raise argparse.ArgumentTypeError(e.message)
+    return text
 
 def parse_arguments(parser: argparse.ArgumentParser,
                     argv: list[str] | None,
                     ) -> argparse.Namespace:
     "Parse, and take words behind an option as words too: before Python 3.12 argparse loses those of `nargs='*'`."
-    args, rest = parser.parse_known_args(argv)
-    if not rest: return args
-    words = getattr(args, "text", getattr(args, "source", None))
-    if isinstance(words, list) and not any(word.startswith("-") for word in rest): words += rest
-    else: parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    words = sys.argv[1:] if argv is None else argv
+    Parser.as_json = "--json" in words
+    args, rest = parser.parse_known_args(words)
+    given = getattr(args, "text", getattr(args, "source", None))
+    if rest and isinstance(given, list) and not any(word.startswith("-") for word in rest): given += rest
+    elif rest: parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    refuse_empty(args)
     return args
+
+MAY_BE_EMPTY = ("negative_prompt",)
+
+def refuse_empty(args: argparse.Namespace) -> None:
+    "End with an error if a text is empty: nobody means that, and a variable that a script has not set is one."
+    for action in args.parser._actions:
+        given = getattr(args, action.dest, None)
+        texts = given if isinstance(given, list) else [given]
+        if action.dest in MAY_BE_EMPTY or not any(isinstance(text, str) and not text.strip() for text in texts): continue
+        name = "/".join(action.option_strings) or action.metavar or action.dest
+        args.parser.error(f"argument {name}: an empty text: is a variable not set?")
 
 def add_debug(parser: argparse.ArgumentParser, default: Any) -> None:
     "Before the command and after it."
@@ -214,7 +251,7 @@ def add_debug(parser: argparse.ArgumentParser, default: Any) -> None:
 def make_parser() -> argparse.ArgumentParser:
     "The parser of `devsky`."
     about = "Hugging Face models in production: embed, validate, generate, and keep models in order."
-    parser = argparse.ArgumentParser("devsky", description=about)
+    parser = Parser("devsky", description=about)
     add_examples(parser)
     parser.add_argument("--version", action="version", version=devsky_nb.__version__)
     add_debug(parser, os.environ.get("DEVSKY_DEBUG", "") not in ("", "0"))
@@ -230,7 +267,9 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 # %% ../nbs/03_cli.ipynb #d707cbbf
-DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+DISK_TROUBLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+PLACE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+                 errno.ENAMETOOLONG, errno.ELOOP)
 BUG = "This is a mistake of devsky's: report it with the traceback, which the same call prints with --debug"
 
 def as_error(error: Exception) -> DevSkyyError:
@@ -245,9 +284,13 @@ def as_error(error: Exception) -> DevSkyyError:
 
 def exit_status(error: Exception) -> int:
     "2: the call cannot be carried out as it was given; 3: it failed."
+    cause: BaseException | None = error
+    while isinstance(cause, DevSkyyError) and cause.original_error is not None: cause = cause.original_error
+    number = cause.errno if isinstance(cause, OSError) else None  # what the operating system says
+    if number in DISK_TROUBLE: return 3
     if isinstance(error, (ValidationError, FileNotFoundError, ModelNotFoundError)): return 2
-    if isinstance(error, OSError) and error.errno is not None: return 3 if error.errno in DISK_TROUBLE else 2
-    return 3
+    if type(error) is DevSkyyError: return 2 if number in PLACE_TROUBLE else 3
+    return 2 if number is not None and cause is error else 3
 
 def on_one_line(text: str) -> str:
     "Text without line ends and without what a terminal would obey."
@@ -255,8 +298,9 @@ def on_one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in words)
 
 OTHER_NAMES = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "true_cfg_scale": "--true-cfg",
-               "mask_image": "--mask"}  # than that of the argument
+               "mask_image": "--mask", "loras": "--lora"}  # than that of the argument
 OTHER_WORDS = {"resume=False": "--anew"}
+COMMAND_OF = {"embed_images": "devsky embed", "plan_vram": "devsky plan"}  # what a function is on a command line
 
 def as_options(text: str, args: argparse.Namespace) -> str:
     "A message with the arguments of Python under the names that they have on a command line."
@@ -267,8 +311,13 @@ def as_options(text: str, args: argparse.Namespace) -> str:
     names = "|".join(known)
     text = re.sub(rf"^({names})(?=: )", lambda found: known[found[1]], text)
     before = r"(?<![\w./'\"-])"  # no part of a path, nor of another word
-    text = re.sub(rf"{before}({names})=(?:True\b|(?=[\s,;)]))", lambda found: known[found[1]], text)
-    return re.sub(rf"{before}({names})=(?!False\b)", lambda found: f"{known[found[1]]}=", text)
+    text = re.sub(rf"{before}({names})=(?:True\b|(?=[\s,;:)?]|\.?(?:\s|$)))", lambda found: known[found[1]], text)
+    text = re.sub(rf"{before}({names})=(?!False\b)", lambda found: f"{known[found[1]]}=", text)
+    words = "|".join(name for name in known if "_" in name) or "(?!)"  # no word of a sentence is written so
+    text = re.sub(rf"{before}({words})(?![\w=('\"/-]|\.\w)", lambda found: known[found[1]], text)
+    functions = "|".join(COMMAND_OF)
+    text = re.sub(rf"{before}({functions})(?![\w(.])", lambda found: COMMAND_OF[found[1]], text)
+    return text.replace("call devsky", "run devsky")
 
 def fail(error: Exception, args: argparse.Namespace) -> int:  # the exit status
     "Report an error."
@@ -355,25 +404,58 @@ def file_path(text: str) -> Path:
     if text: return Path(text)
     raise argparse.ArgumentTypeError("an empty path: is a variable not set? The current folder is '.'")
 
+BEGINNINGS = {  # of the files that commands write: a pattern in their first bytes
+    "page": rb'<meta name="generator" content="devsky_nb">', "report": rb'\A\{\s*"total_images":',
+    "list": rb'\A(?:index,id,path,label,finding\s|\[\s*(?:\]|\{\s*"index":))'}
+
+def check_file(path: Path, kind: str) -> None:
+    "Refuse to replace a file that is none of ours."
+    if path.is_dir(): raise OSError(errno.EISDIR, "it is a folder")
+    if not path.is_file(): raise OSError(errno.EINVAL, "it is no regular file")
+    if not os.access(path, os.W_OK): raise PermissionError(errno.EACCES, "it is write-protected")
+    with path.open("rb") as file: beginning = file.read(2048)
+    if beginning and not re.search(BEGINNINGS[kind], beginning):
+        raise OSError(errno.EEXIST, f"it holds something else than a {kind} of devsky's, and is not replaced")
+
 def check_place(option: str,  # that named it
                 path: Path,
-                is_folder: bool,
+                kind: str | None = None,  # of file, one of `BEGINNINGS`; None: a folder
                 ) -> None:
     "Refuse a file or folder that cannot be written, before any work."
     try:
         try: os.stat(path)
         except builtins.FileNotFoundError: pass  # it is to be made
-        if path.exists() and path.is_dir() != is_folder:
-            raise OSError(errno.EISDIR, "it is a file" if is_folder else "it is a folder")
-        if not is_folder and path.exists() and not os.access(path, os.W_OK):
-            raise PermissionError(errno.EACCES, "it is write-protected")
-        near = path if is_folder else path.resolve().parent
+        if kind is None and path.exists() and not path.is_dir(): raise OSError(errno.ENOTDIR, "it is a file")
+        if kind is not None and path.exists(): check_file(path, kind)
+        near = path if kind is None else path.resolve().parent
         while not near.exists(): near = near.parent
         tempfile.TemporaryDirectory(prefix=".devsky-", dir=near).cleanup()
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or e
         raise ValidationError(f"{option}={name_text(path)!r} cannot be written: {why}. Name another place",
                               details={"path": str(path)}, original_error=e) from e
+
+def check_files(places: dict[str, tuple[Path | None, str]],  # by option: a file that is to be written, and its kind
+                sources: Sequence[str] = (),  # that are read
+                ) -> None:
+    "Refuse files that cannot be written, that are named twice, or that are to be read."
+    taken = {os.path.realpath(source): "the source" for source in sources}
+    for option, (path, kind) in places.items():
+        if path is None: continue
+        check_place(option, path, kind)
+        other = taken.setdefault(os.path.realpath(path), option)
+        if other != option: raise ValidationError(f"{option}={name_text(path)!r} names the file of {other}: name another one")
+
+def say_written(result: Any,  # of the command; has `to_dict`
+                written: dict[str, Path | None],  # what it is, and where
+                as_json: bool,
+                ) -> None:
+    "Say which files were written: beside the result, or in its JSON document."
+    paths = {name: name_text(path) for name, path in written.items() if path is not None}
+    if as_json:
+        say_json(result.to_dict() | ({"written": paths} if paths else {}))
+        return
+    for path in paths.values(): tell(f"written: {path}")
 
 # %% ../nbs/03_cli.ipynb #50e77001
 SECTIONS = {"doctor": ("select", "ignore", "target"), "contract": ()}  # keys with lists of texts; (): others
@@ -414,15 +496,19 @@ def settings_in(file: Path) -> dict[str, dict[str, Any]] | None:  # None: it has
 def demo_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=file_path, default=Path("demo"), metavar="DIR",
                         help="where to write (default: %(default)s)")
-    parser.add_argument("--images", type=count(14), default=24, metavar="N",
-                        help="files in the catalogue, at least 14 (default: %(default)s)")
+    parser.add_argument("--images", type=count(14, 10_000), default=24, metavar="N",
+                        help="files in the catalogue, 14 to 10000 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="same seed, same files (default: %(default)s)")
 
 # %% ../nbs/03_cli.ipynb #041a0241
 @command(demo_options)
 def demo(args: argparse.Namespace) -> int:
     "Generate a catalogue with a 4-bit SDXL, break some files, check it, and write the report."
-    check_place("--out", args.out, is_folder=True)
+    page = args.out / "report.html"
+    data = args.out / "report.json"
+    check_place("--out", args.out)
+    check_place("--out", page, "page")
+    check_place("--out", data, "report")
 
     def draw(captions: list[str]) -> "Sequence[Image.Image]":
         seeds = [args.seed + i for i in range(len(captions))]
@@ -432,10 +518,10 @@ def demo(args: argparse.Namespace) -> int:
     image_set = devsky_nb.write_catalogue(args.out / "catalogue", n=args.images, seed=args.seed, draw=draw)
     embedder = devsky_nb.ImageEmbedder("tiny-clip")
     report = devsky_nb.check_image_set(image_set, embedder, progress=not args.quiet)
-    report.to_json(args.out / "report.json")
-    report.to_html(args.out / "report.html")
-    emit(report, args.json)
-    print(f"The report to look at: {args.out / 'report.html'}", file=sys.stderr)
+    report.to_json(data)
+    report.to_html(page)
+    if not args.json: emit(report, False)
+    say_written(report, {"report": data, "page": page}, args.json)
     return 0
 
 # %% ../nbs/03_cli.ipynb #ef1fd075
@@ -484,9 +570,14 @@ def from_standard_input(args: argparse.Namespace) -> bool:
     if len(args.source) == 1: return True
     raise ValidationError("'-' is the list on standard input: give it alone, or the files by name")
 
+def root_folder(args: argparse.Namespace) -> Path | None:
+    "The folder outside of which no image is read."
+    if args.root is None or args.root.is_dir(): return args.root
+    raise ValidationError(f"--root={name_text(args.root)!r} is no folder: every image would be outside of it")
+
 def make_embedder(args: argparse.Namespace, **kwargs: Any) -> "ImageEmbedder":
     "The embedder that the options describe."
-    policy = devsky_nb.ImagePolicy(root=args.root)
+    policy = devsky_nb.ImagePolicy(root=root_folder(args))
     return devsky_nb.ImageEmbedder(args.model, args.device, args.cache_dir, offline=args.offline,
                                    revision=args.revision, policy=policy, **kwargs)
 
@@ -533,7 +624,7 @@ def embed(args: argparse.Namespace) -> int:
     from devsky_nb.embedding.ray import RayEngine
     from devsky_nb.images.sources import open_source, open_sources
     engine = RayEngine() if args.engine == "ray" else "local"
-    check_place("--out", args.out, is_folder=True)
+    check_place("--out", args.out)
     if from_standard_input(args): source = open_source(names_on_standard_input(), args.column, args.id_column)
     else: source = open_sources(args.source, args.column, args.id_column)
     embedder = make_embedder(args, output=args.output, precision=args.precision, backend=args.backend)
@@ -542,10 +633,17 @@ def embed(args: argparse.Namespace) -> int:
                                         batch_size=args.batch_size, shard_rows=args.shard_rows, dtype=args.dtype,
                                         progress=not args.quiet)
     emit(report, args.json)
+    name_failures(report)
+    if not args.json: tell(f"written: {name_text(args.out)}")
     if args.max_failures and report.error > args.max_failures(report.total):
         tell(f"{report.error:,} of {report.total:,} images failed: more than --max-failures allows")
         return 1
     return 0 if report.embedded else 1
+
+def name_failures(report: "EmbedReport", most: int = 5) -> None:
+    "Say which images failed and why, of many the first ones, and where the others are."
+    for id, error in report.failures[:most]: tell(f"failed: {on_one_line(id)}: {on_one_line(error)}")
+    if report.error > most: tell(f"failed: {report.error - most:,} more, the rows of {report.out!r} with status 'error'")
 
 # %% ../nbs/03_cli.ipynb #086bf298
 def search_options(parser: argparse.ArgumentParser) -> None:
@@ -564,14 +662,14 @@ def search_options(parser: argparse.ArgumentParser) -> None:
 @command(search_options)
 def search(args: argparse.Namespace) -> int:
     "Find the images of a data set that are nearest to a text or an image."
-    if args.html: check_place("--html", args.html, is_folder=False)
+    check_files({"--html": (args.html, "page")})
     texts = [name_text(text) for text in args.text]  # an argument is bytes, as a file's name is
     found = devsky_nb.search_images(args.out, texts or None, args.image, args.k, model=args.model, device=args.device,
-                                    root=args.root, revision=args.revision, cache_dir=args.cache_dir,
+                                    root=root_folder(args), revision=args.revision, cache_dir=args.cache_dir,
                                     offline=args.offline, progress=not args.quiet and sys.stderr.isatty())
+    if not args.json: emit(found, False)
     if args.html: found.to_html(args.html)
-    emit(found, args.json)
-    if args.html: print(f"The page to look at: {args.html}", file=sys.stderr)
+    say_written(found, {"page": args.html}, args.json)
     return 0
 
 # %% ../nbs/03_cli.ipynb #5e67025c
@@ -621,8 +719,8 @@ def table_path(text: str) -> Path:
 def validate(args: argparse.Namespace) -> int:
     "Check a set of images: broken files, duplicates, labels, a contract."
     from devsky_nb.images.image_sets import read_image_set
-    for option, path in ("--html", args.html), ("--report", args.report), ("--accepted", args.accepted):
-        if path: check_place(option, path, is_folder=False)
+    places = {"--html": (args.html, "page"), "--report": (args.report, "report"), "--accepted": (args.accepted, "list")}
+    check_files(places, args.source)
     contract = devsky_nb.ImageSetContract.from_yaml(args.contract) if args.contract else contract_of_project()
     image_set: dict[str, Any]
     if from_standard_input(args):
@@ -631,10 +729,11 @@ def validate(args: argparse.Namespace) -> int:
         image_set = read_image_set(args.source, args.labels_from_folders, args.column, args.id_column)
     report = devsky_nb.check_image_set(image_set, make_embedder(args), contract, batch_size=args.batch_size,
                                        progress=not args.quiet, duplicates=args.duplicates)
+    if not args.json: emit(report, False)
     if args.html: report.to_html(args.html)
     if args.report: report.to_json(args.report)
     if args.accepted: report.to_accepted(args.accepted)
-    emit(report, args.json)
+    say_written(report, {"page": args.html, "report": args.report, "accepted": args.accepted}, args.json)
     method = report.findings["label_method"]
     if "trained on" in method and not args.json: tell(f"labels: {method}")
     return 0 if report.ok else 1
@@ -671,22 +770,40 @@ def generate_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", type=file_path, metavar="FILE", help="image to begin with")
     parser.add_argument("--mask", type=file_path, metavar="FILE", help="image of its size, white where to draw")
     parser.add_argument("--strength", type=float, metavar="X", help=f"how much of the image to draw anew, 0 to 1 {own}")
-    parser.add_argument("--width", type=int, metavar="PX", help=f"pixels {own}")
-    parser.add_argument("--height", type=int, metavar="PX", help=f"pixels {own}")
+    parser.add_argument("--fit", choices=("crop", "resize", "none"),
+                        help="how an image and its mask are brought to a size that the model draws: cut off what is too much, "
+                             "stretch them, or refuse them (default: crop)")
+    parser.add_argument("--lora", action="append", default=[], type=lora_and_weight, metavar="FILE[:WEIGHT]",
+                        help="draw with a LoRA: a file of safetensors or a Hub id, and how much of it, from -10 to 10 "
+                             "(default: 1); may be given again")
+    parser.add_argument("--width", type=int, metavar="PX", help="pixels (default: the model's own, or as the image asks for)")
+    parser.add_argument("--height", type=int, metavar="PX", help="pixels, as --width")
     parser.add_argument("--seed", type=int, help="of the first image; the next has the next (default: drawn)")
     parser.add_argument("--batch-size", type=int, default=1, metavar="N",
                         help="images at a time (default: %(default)s)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     add_hub_options(parser)
 
+def lora_and_weight(text: str) -> tuple[str, float]:
+    "A LoRA's file or Hub id, and how much of it there is to be."
+    name, colon, weight = text.rpartition(":")
+    is_path = not name or "/" in weight or "\\" in weight or Path(text).exists()  # the colon is a part of it
+    if is_path: return file_names(text), 1.
+    try: return name, check_number("weight", float(weight), -10, 10)
+    except ValueError: pass  # of float, or of ours
+    raise argparse.ArgumentTypeError(f"{text!r:.200}: after the colon a weight is expected, a number from -10 to 10")
+
 def quantize_as(args: argparse.Namespace) -> str | None:
     "The format that was asked for; None: none."
+    from devsky_nb.diffusion.backends import check_label
     if args.bits and args.quantize:
         raise ValidationError("--bits is short for --quantize: give one of them", details={"bits": args.bits})
     asked = args.quantize or BITS[args.bits or "4"]
-    if args.quantize is None and args.bits is None and args.backend != "bitsandbytes":
+    if args.backend != "bitsandbytes" and (asked == "none" or (args.quantize is None and args.bits is None)):
         raise ValidationError(f"--backend {args.backend} needs --quantize, such as fp8", details={"backend": args.backend})
-    return None if asked == "none" else asked
+    if asked == "none": return None
+    check_label(asked, args.backend)
+    return asked
 
 # %% ../nbs/03_cli.ipynb #624ce848
 def unused(path: Path) -> Path:
@@ -698,12 +815,25 @@ def unused(path: Path) -> Path:
         free = path.with_stem(f"{path.stem}-{again}")
     return free
 
+FITTED = {"crop": "cropped and resized", "resize": "resized"}
+TOLD = ("prompt", "seed", "width", "height", "image_size", "fit", "adapters")  # of an image, in the JSON document
+
+def announce_fit(path: Path, image: "Image.Image", made: dict[str, Any]) -> None:
+    "Say what is done to an image before anything is drawn from it."
+    tell(f"{name_text(path)} is {image.width}×{image.height}: {FITTED[made['fit']]} to {made['width']}×{made['height']}. "
+         "--width and --height ask for another size, --fit for another way")
+
+def load_loras(generator: "PipelineGenerator", loras: list[tuple[str, float]]) -> None:
+    "Draw with LoRAs; several are numbered, since their files may have the same name."
+    for number, (name, weight) in enumerate(loras, 1):
+        generator.load_lora(name, weight, f"lora-{number}" if len(loras) > 1 else None)
+
 @command(generate_options)
 def generate(args: argparse.Namespace) -> int:
     "Draw images with SDXL, FLUX or another pipeline, quantized to 4 bits unless said otherwise."
     if args.out.suffix:
         raise ValidationError(f"--out={str(args.out)!r} names a file: name a folder", details={"out": str(args.out)})
-    check_place("--out", args.out, is_folder=True)
+    check_place("--out", args.out)
     quantize = quantize_as(args)
     check_count("--batch-size", args.batch_size, 1, 64)
     prompts = [name_text(prompt) for prompt in args.prompt]  # an argument is bytes, as a file's name is
@@ -714,10 +844,15 @@ def generate(args: argparse.Namespace) -> int:
                              "height": args.height, "strength": args.strength}
     for name, path in (("image", args.image), ("mask_image", args.mask)):
         if path is not None: asked[name], _ = devsky_nb.load_image(path)
+    if args.fit is None and args.image: asked["fit"] = "crop"
+    elif args.fit != "none": asked["fit"] = args.fit
     hub: dict[str, Any] = {"cache_dir": args.cache_dir, "offline": args.offline, "revision": args.revision}
-    devsky_nb.PipelineGenerator.check(args.model, prompts, **asked, **hub)
+    if args.device is not None: check_device(args.device)
+    made = devsky_nb.PipelineGenerator.check(args.model, prompts, **asked, **hub, loras=[name for name, _ in args.lora])
+    if "fit" in made[0] and not args.quiet: announce_fit(args.image, asked["image"], made[0])
     files = []
     with devsky_nb.PipelineGenerator(args.model, quantize, args.backend, args.device, **hub) as generator:
+        load_loras(generator, args.lora)
         report = getattr(generator.pipeline, "load_report", None)
         if report and report.checkpoint and not report.from_checkpoint and not args.quiet:
             tell(f"What was quantized is kept for the next time: {Path(report.checkpoint).name}. devsky cache report lists it")
@@ -725,7 +860,7 @@ def generate(args: argparse.Namespace) -> int:
         for number, image in enumerate(stream, 1):
             path = unused(args.out / f"{number:03}-{image.info['seed']}.png")
             write_atomically(path, lambda file: image.save(file, "PNG"))
-            files.append({"path": str(path), "prompt": image.info["prompt"]})
+            files.append({"path": str(path)} | {name: image.info[name] for name in TOLD if image.info.get(name)})
             if not args.json: say(f"{path}  {image.info['prompt']}")
         if args.json: emit({"files": files, "load": report and report.to_dict()}, True)
     return 0
@@ -733,11 +868,11 @@ def generate(args: argparse.Namespace) -> int:
 # %% ../nbs/03_cli.ipynb #15c10010
 def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="NAME", help="alias such as sdxl-base, Hub id, or folder; weights are not needed")
-    parser.add_argument("--budget", metavar="SIZE",
+    parser.add_argument("--budget", type=size_text, metavar="SIZE",
                         help="memory that PyTorch may take: 8GB (8·10⁹ bytes) or 7.5GiB (7.5·2³⁰)")
     parser.add_argument("--config", metavar="WORDS",
                         help="answer for this configuration alone, with or without a budget: 'nf4, model offload'")
-    parser.add_argument("--host-budget", metavar="SIZE", help="main memory for weights, as --budget (default: no limit)")
+    parser.add_argument("--host-budget", type=size_text, metavar="SIZE", help="main memory for weights, as --budget (default: no limit)")
     parser.add_argument("--width", type=count(), metavar="PX", help="of an image (default: the model's own)")
     parser.add_argument("--height", type=count(), metavar="PX", help="of an image (default: the model's own)")
     parser.add_argument("--frames", type=count(), metavar="N", help="of a video (default: the model's own)")
@@ -802,8 +937,9 @@ def doctor_options(parser: argparse.ArgumentParser) -> None:
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--source", action="store_true", help="read source code only")
     only.add_argument("--environment", action="store_true", help="check the machine only")
-    parser.add_argument("--fix", action="store_true", help="make the changes that are safe, in place")
-    parser.add_argument("--diff", action="store_true", help="show the changes that --fix would make, and nothing else")
+    change = parser.add_mutually_exclusive_group()
+    change.add_argument("--fix", action="store_true", help="make the changes that are safe, in place")
+    change.add_argument("--diff", action="store_true", help="show the changes that --fix would make, and nothing else")
     parser.add_argument("--format", choices=("text", "json", "sarif", "github"), default="text",
                         help="of the findings (default: %(default)s)")
     parser.add_argument("--select", type=rule_codes, action="extend", default=[], metavar="CODES",
@@ -814,7 +950,7 @@ def doctor_options(parser: argparse.ArgumentParser) -> None:
                         help="check for this version, such as transformers=4.57 (default: what the project states)")
     parser.add_argument("--rules", action="store_true", help="list all rules")
     parser.add_argument("--plan", metavar="NAME", help="model that is to run here; is there memory for it?")
-    parser.add_argument("--budget", metavar="SIZE", help="memory that it may take, such as 8GB (default: what is free)")
+    parser.add_argument("--budget", type=size_text, metavar="SIZE", help="memory that it may take, such as 8GB (default: what is free)")
     parser.add_argument("--revision", metavar="REV", help="of that model: commit, branch or tag (default: as locked)")
     parser.add_argument("--cache-dir", type=file_path, metavar="DIR", help="Hub cache (default: the usual one)")
 
@@ -828,6 +964,9 @@ def doctor(args: argparse.Namespace) -> int:
     from devsky_nb.doctor.versions import targets_of
     if args.environment and args.paths:
         raise ValidationError(f"--environment reads no files: leave out {str(args.paths[0])!r}, or --environment")
+    for option, given in ("--budget", args.budget), ("--revision", args.revision):
+        if given and not args.plan: raise ValidationError(f"{option} is about the model of --plan: name that too")
+    if args.source and args.plan: raise ValidationError("--plan asks this machine: leave out --source")
     rules = [*SOURCE_RULES, *ENVIRONMENT_RULES]
     if args.rules: return show_rules(rules, args.json)
     start = args.paths[0] if args.paths else Path(".")
@@ -868,7 +1007,7 @@ def models_options(parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("name", help="alias or Hub id, such as clip-vit-base")
     fetch.add_argument("--revision", metavar="REV", help="commit, branch or tag to fetch and lock (default: as locked)")
     fetch.add_argument("--timeout", type=float, metavar="SECONDS", help="time that it may take (default: six hours)")
-    fetch.add_argument("--max-bytes", metavar="SIZE", help="what it may fetch, such as 20GB (default: 100GB)")
+    fetch.add_argument("--max-bytes", type=size_text, metavar="SIZE", help="what it may fetch, such as 20GB (default: 100GB)")
     check = add_action(actions, "verify", "check every byte of a fetched model, offline")
     check.add_argument("name", help="alias, such as clip-vit-base")
     for action in actions.choices.values():
@@ -897,7 +1036,7 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
     verify = add_action(actions, "verify", "check every blob offline")
     verify.add_argument("repo", nargs="?", help="one repository only")
     evict = add_action(actions, "evict", "plan what to delete, and delete it with --execute")
-    evict.add_argument("--max-size", metavar="SIZE", help="shrink the cache to this, such as 20GB")
+    evict.add_argument("--max-size", type=size_text, metavar="SIZE", help="shrink the cache to this, such as 20GB")
     evict.add_argument("--unused-days", type=float, metavar="N", help="delete what was not used for N days")
     evict.add_argument("--keep", action="append", default=[], metavar="NAME",
                        help="a repository, commit or quantized copy that stays, as the report names it")
@@ -961,7 +1100,7 @@ def completion(args: argparse.Namespace) -> int:
     parser = make_parser()
     for inner in parsers_below(parser):
         for action in inner._actions:
-            if action.type in (file_path, file_names, table_path): setattr(action, "complete", shtab.FILE)
+            if action.type in (file_path, file_names, table_path, lora_and_weight): setattr(action, "complete", shtab.FILE)
             if action.dest in ("model", "name", "plan"): action.choices = [*KNOWN]
     script = shtab.complete(parser, args.shell)
     if args.json: say_json({"shell": args.shell, "script": script})

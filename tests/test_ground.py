@@ -1,5 +1,5 @@
 "The ground under all parts: files that are whole or absent, arguments, errors as JSON, devices, memory that comes back."
-import gc, json, os, signal, subprocess, sys, threading, time, traceback, weakref
+import gc, json, os, signal, stat, subprocess, sys, threading, time, traceback, weakref
 from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -29,6 +29,16 @@ def test_whatever_is_written_is_whole_and_alone(data, tmp_path):
     for _ in range(2): write_atomically(path, data)
     assert path.read_bytes() == (b"ab" if callable(data) else data.encode() if isinstance(data, str) else data)
     assert beside(path) == []
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path):
+    device = tmp_path / "null"
+    try: os.mknod(device, 0o600 | stat.S_IFCHR, os.makedev(1, 3))
+    except (AttributeError, OSError): pytest.skip("only root makes devices, and not everywhere")
+    (tmp_path / "link").symlink_to("null")
+    for name in ("null", "link"):
+        with pytest.raises(DevSkyyError, match="it is a device"): write_atomically(tmp_path / name, "x")
+    assert device.is_char_device() and sorted(os.listdir(tmp_path)) == ["link", "null"]
 
 
 def test_a_plain_write_would_do_the_same_to_links_and_permissions(tmp_path):
@@ -227,11 +237,11 @@ def test_one_device_has_one_name():
         gpu.current = 1
         assert check_device("cuda") == check_device(None) == "cuda:1"  # the GPU that is current
         for wrong in ("cuda:2", "cpu:1", "cuda:", "cuda:-1", "cuda:x", "cuda:²", "", "tpu", "CPU", 0, "mps", "mps:1", "None"):
-            with pytest.raises(ValidationError, match="no device"): check_device(wrong)
+            with pytest.raises(ValidationError, match="no such device"): check_device(wrong)
     with pretended("mps"):
         assert [check_device(d) for d in ("mps", "mps:0", None)] == ["mps"] * 3
         for wrong in ("cuda", "mps:1"):
-            with pytest.raises(ValidationError, match="no device"): check_device(wrong)
+            with pytest.raises(ValidationError, match="no such device"): check_device(wrong)
 
 
 def test_memory_that_torch_keeps_to_use_again_is_free():

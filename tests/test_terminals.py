@@ -84,7 +84,8 @@ def test_a_terminal_that_cannot_write_everything(name, encoding, shop, tmp_path)
 @pytest.mark.parametrize("error, status", [
     (ValidationError("wrong"), 2), (NoSuchFile("none"), 2), (ModelNotFoundError("none"), 2), (PermissionError(errno.EACCES, "no", "x"), 2),
     (ModelLoadError("damaged"), 3), (InsufficientMemoryError("small"), 3), (MLError("x"), 3), (DevSkyyError("full"), 3),
-    (OSError(errno.ENOSPC, "full"), 3), (OSError("odd"), 3), (KeyError("größe"), 3), (RecursionError("deep"), 3), (MemoryError(), 3),
+    (OSError(errno.ENOSPC, "full"), 3), (OSError("odd"), 3), (DevSkyyError("x", original_error=PermissionError(errno.EACCES, "no")), 2),
+    (ValidationError("x", original_error=OSError(errno.ENOSPC, "full")), 3), (DevSkyyError("x", original_error=ConnectionError(errno.ECONNREFUSED, "no")), 3), (KeyError("größe"), 3), (RecursionError("deep"), 3), (MemoryError(), 3),
     (AssertionError(), 3), (UnicodeEncodeError("ascii", "ß", 0, 1, "no"), 3), (ValueError("one\nand\x1b[31m two"), 3),
     (KeyboardInterrupt(), 130), (BrokenPipeError(errno.EPIPE, "gone"), 141)], ids=lambda x: type(x).__name__ if isinstance(x, BaseException) else "")
 def test_one_is_never_an_accident(error, status, monkeypatch, capsys):
@@ -128,12 +129,73 @@ def test_what_cannot_be_written_is_said_before_any_work(command, option, place, 
 
 
 def test_places_are_looked_at_and_left_as_they_were(tmp_path):
-    cli.check_place("--out", tmp_path / "a" / "b", is_folder=True)
-    cli.check_place("--html", tmp_path / "a" / "b.html", is_folder=False)
-    (tmp_path / "old.html").write_text("old", encoding="utf-8")
+    cli.check_place("--out", tmp_path / "a" / "b")
+    cli.check_place("--html", tmp_path / "a" / "b.html", "page")
+    (tmp_path / "old.html").touch()
     (tmp_path / "link.html").symlink_to("later/b.html")
-    for name in ("old.html", "link.html"): cli.check_place("--html", tmp_path / name, is_folder=False)
+    for name in ("old.html", "link.html"): cli.check_place("--html", tmp_path / name, "page")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["link.html", "old.html"]
+
+
+@pytest.mark.parametrize("command, option, kind", [
+    (["validate", "SHOP", *TINY, "--html"], "--html", "page"), (["validate", "SHOP", *TINY, "--report"], "--report", "report"),
+    (["validate", "SHOP", *TINY, "--accepted"], "--accepted", "list"), (["search", "VECTORS", "a dress", "--html"], "--html", "page")])
+def test_what_is_not_ours_is_not_replaced(command, option, kind, shop, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    name = "x.json" if option != "--html" else "x.html"
+    texts = {"page": "<html>mine</html>", "report": '{"images": []}', "list": '[{"path": "a.jpg"}]'}
+    os.mkfifo("pipe.json")
+    for text in (texts[kind], "index,path\n", "\0\1", " "):
+        Path(name).write_text(text, encoding="utf-8")
+        assert main([*words(command, shop, tmp_path), name]) == 2
+        told = capsys.readouterr().err
+        assert told.startswith(f"devsky: {option}='{name}' cannot be written: it holds something else than a {kind} of devsky's, and is not replaced"), told
+        assert Path(name).read_text(encoding="utf-8") == text
+    assert main([*words(command, shop, tmp_path), "pipe.json"]) == 2 and "it is no regular file" in capsys.readouterr().err
+
+
+def test_files_are_written_named_and_replaced_by_their_own_kind(shop, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("r.html").touch()  # as mktemp makes one
+    call = ["validate", str(shop), *TINY, "--quiet", "--html", "r.html", "--report", "r.json"]
+    assert main([*call, "--accepted", "good.csv"]) == 0
+    told = capsys.readouterr()
+    assert [line for line in told.err.splitlines() if line.startswith("written: ")] == ["written: r.html", "written: r.json", "written: good.csv"]
+    assert main([*call, "--accepted", "good.json", "--json"]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["written"] == {"page": "r.html", "report": "r.json", "accepted": "good.json"} and told.err == ""
+    for name in ("good.csv", "good.json"): cli.check_place("--accepted", Path(name), "list")
+    assert main(["validate", str(shop), *TINY, "--report", "r.json", "--accepted", "./r.json"]) == 2 and "it holds something else" in capsys.readouterr().err
+    assert main(["validate", str(shop), *TINY, "--report", "new.json", "--accepted", "./new.json"]) == 2
+    assert "--accepted='new.json' names the file of --report" in capsys.readouterr().err
+    assert main(["validate", "good.csv", *TINY, "--accepted", "good.csv"]) == 2 and "names the file of the source" in capsys.readouterr().err
+
+
+def test_a_result_is_told_even_where_it_cannot_be_written(shop, tmp_path, capsys):
+    "The disk may fill after the check that it can be written."
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
+    try: status = main(["validate", str(shop), *TINY, "--quiet", "--html", str(tmp_path / "r.html")])
+    finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    told = capsys.readouterr()
+    assert status == 3 and "ready to use" in told.out and told.err.count("\n") == 1 and "File too large" in told.err, told.err
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_error_of_the_arguments_is_json_too(capsys):
+    for call in (["embed", "--json"], ["plan", "--json", "x", "--top", "none"], ["--json"], ["doctor", "--json", "--nonsense"]):
+        with pytest.raises(SystemExit) as ended: main(call)
+        shown = capsys.readouterr()
+        assert ended.value.code == 2 and json.loads(shown.out)["error"]["error_type"] == "ValidationError" and "usage:" in shown.err
+    with pytest.raises(SystemExit): main(["embed"])
+    assert capsys.readouterr().out == ""
+
+
+def test_a_name_of_a_function_becomes_that_of_a_command(tmp_path, capsys):
+    (tmp_path / "begun" / ".devsky").mkdir(parents=True)
+    assert main(["search", str(tmp_path / "begun"), "a dress"]) == 2
+    assert "has an unfinished data set: run devsky embed again, it goes on from there" in capsys.readouterr().err
 
 
 def process(*args, **kwargs):

@@ -159,17 +159,21 @@ def _write_files(folder: Path,
                  plan: list[CatalogueEntry],
                  metadata: dict,
                  ) -> list[dict]:  # the entries, with relative paths
-    "Write a catalogue and its image_set.json into an empty folder, which is made if missing."
+    "Write a catalogue and its image_set.json into an empty folder, which is made if missing: whole, or not at all."
     folder.mkdir(parents=True, exist_ok=True)
-    images = []
-    for i, entry in enumerate(plan, 1):
-        suffix, data = _catalogue_file(entry)
-        name = f"sku-{i:03}"
-        (folder / f"{name}{suffix}").write_bytes(data)
-        images.append({"id": name, "path": f"{name}{suffix}", "label": entry.label,
-                       "caption": entry.garment.caption, "condition": entry.condition})
-    listing = json.dumps({"images": images, "metadata": metadata}, indent=1) + "\n"
-    (folder / "image_set.json").write_text(listing, encoding="utf-8", newline="\n")
+    images: list[dict] = []
+    try:
+        for i, entry in enumerate(plan, 1):
+            suffix, data = _catalogue_file(entry)
+            name = f"sku-{i:03}"
+            images.append({"id": name, "path": f"{name}{suffix}", "label": entry.label,
+                           "caption": entry.garment.caption, "condition": entry.condition})
+            (folder / f"{name}{suffix}").write_bytes(data)
+        listing = json.dumps({"images": images, "metadata": metadata}, indent=1) + "\n"
+        (folder / "image_set.json").write_text(listing, encoding="utf-8", newline="\n")
+    except BaseException:  # Ctrl-C, too
+        for name in ("image_set.json", *(image["path"] for image in images)): (folder / name).unlink(missing_ok=True)
+        raise
     return images
 
 # %% ../../nbs/demo/03_catalogue.ipynb #a1d44ce2

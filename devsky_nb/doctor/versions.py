@@ -408,7 +408,7 @@ def given_range(library: object, said: object) -> Range:
                               "'>=4.40,<5'", details={"library": library, "version": repr(said)}) from None
     return Range(versions.low, versions.high, versions.includes_high, f"target {said}")
 
-TARGET = re.compile(r"\s*([A-Za-z][\w.-]*)\s*(?:==?(?=[\s\d]))?\s*(\S.*)")
+TARGET = re.compile(r"\s*([A-Za-z][\w.-]*)(?![\w.-])\s*(?:==?(?=[\s\d]))?\s*(\S.*)")
 
 def targets_of(texts: Iterable[str]) -> dict[str, str]:
     """The versions that a command line names: `transformers=4.57`, `diffusers>=0.30`.

@@ -186,6 +186,20 @@ def test_a_folder_of_somebody_else_is_left_alone(name, content, tmp_path):
     assert [f.read_text(encoding="utf-8") for f in tmp_path.iterdir()] == [content]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_catalogue_that_was_not_finished_is_none(error, tmp_path, monkeypatch):
+    write, written = Path.write_bytes, []
+    def fails(path, data):
+        written.append(path.name)
+        if len(written) == 5: raise error
+        return write(path, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", fails)
+        with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ValidationError): write_catalogue(tmp_path, n=14)
+    assert len(written) == 5 and os.listdir(tmp_path) == []
+    assert len(write_catalogue(tmp_path, n=14)["images"]) == 14
+
+
 def test_a_forged_earlier_catalogue_deletes_nothing_outside(tmp_path):
     victim = tmp_path / "victim"
     victim.write_text("precious", encoding="utf-8")
