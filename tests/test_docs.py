@@ -1,13 +1,13 @@
 """The front page and the links of all pages; tools/docs.py, showdoc.py and readme.py: pages of one name in several folders, the
 order of the sidebars, what is shown of a definition, in a lesson and in the reference."""
-import json, re
+import io, json, re, runpy, shlex
 from pathlib import Path
 
 import nbformat, pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 import devsky_nb, readme, showdoc
-from devsky_nb import ImagePolicy, ImageSetContract, VramMonitor, estimate_vram
+from devsky_nb import ImagePolicy, ImageSetContract, VramMonitor, cli, estimate_vram
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = [p for p in sorted((ROOT / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in p.parts]
@@ -35,11 +35,44 @@ def test_links_to_files_lead_somewhere(page):
     assert [target for target, file in links(page).items() if not file.is_file()] == []
 
 
+def terminal_lines(page):
+    "Calls of `devsky` in the shell blocks of a page."
+    if page.suffix == ".ipynb": text = "\n\n".join(c.source for c in nbformat.read(page, as_version=4).cells if c.cell_type == "markdown")
+    else: text = page.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(?:sh|bash|console)\n(.*?)```", text, re.DOTALL)
+    return [line for block in blocks for line in re.findall(r"^(?:\w+=\w+ )?devsky (.+)$", block, re.MULTILINE)]
+
+
+def test_every_call_that_a_page_shows_is_one(monkeypatch):
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    shown = {(page.name, line) for page in [*WRITTEN, *NOTEBOOKS] for line in terminal_lines(page)}
+    assert len(shown) > 20
+    for page, line in shown:
+        words = shlex.split(line, comments=True)
+        try: assert cli.parse_arguments(cli.make_parser(), words).command == words[0]
+        except SystemExit: pytest.fail(f"{page} shows a call that is none: devsky {line}")
+
+
 def test_the_front_page_leads_to_every_guide_and_the_notebooks_page_to_every_notebook():
     front, book = ROOT / "nbs" / "index.ipynb", ROOT / "nbs" / "notebooks.ipynb"
     guides = {p for p in NOTEBOOKS if p.parent.name == "tutorials"}
     assert {*guides, book, ROOT / "nbs" / "start.ipynb"} - {*links(front).values()} == set()
     assert {*NOTEBOOKS} - {*links(book).values()} - {front, book} == set()
+
+
+def test_the_page_of_the_package_index_has_absolute_links():
+    absolute = runpy.run_path(str(ROOT / "setup.py"), run_name="")["for_package_index"]
+    page = absolute((ROOT / "README.md").read_text(encoding="utf-8"))
+    targets = re.findall(r"(!?)\[[^][]*\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page, flags=re.DOTALL))
+    assert len(targets) > 20 and all(re.match("https?://", target) for _, target in targets)
+    ours = "https://github.com/devsky-nb/devsky_nb/"
+    for is_image, target in targets:
+        if not target.startswith((f"{ours}blob/", f"{ours}raw/")): continue
+        kind, branch, file = target.removeprefix(ours).split("/", 2)
+        assert (ROOT / file).is_file() and (kind, branch) == ("raw" if is_image else "blob", "main"), target
+    told = "[a](b/c.md) ![p](d.png) [`x`](e.py) `[f](g)` [h](#i) [j](https://k)\n```\nl[0](m)\n```\n"
+    assert absolute(told) == (f"[a]({ours}blob/main/b/c.md) ![p]({ours}raw/main/d.png) [`x`]({ours}blob/main/e.py) `[f](g)` [h](#i) [j](https://k)\n"
+                              "```\nl[0](m)\n```\n")
 
 
 def test_the_notebooks_page_names_all_that_is_public():
