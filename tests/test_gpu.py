@@ -21,6 +21,7 @@ def failed(out):
     return [f"{result['section']}: {result['name']}: {result['value']}" for result in json.loads(out.read_text(encoding="utf-8"))["results"] if result["status"] == "FAIL"]
 
 
+@pytest.mark.slow
 def test_it_runs_on_the_cpu_and_writes_what_it_saw(tmp_path):
     out = tmp_path / "gpu.json"
     done = gpu("--dry-run", "--only", "registry", out=out)
