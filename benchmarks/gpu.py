@@ -232,7 +232,7 @@ def environment(run: Run) -> None:
     run.note("versions",
              {name: version(name) for name in LIBRARIES} | {"python": platform.python_version(),
                                                             "system": platform.platform()})
-    run.raises("a device that is not there is refused", ValidationError, lambda: check_device("cuda:99"), "no device")
+    run.raises("a device that is not there is refused", ValidationError, lambda: check_device("cuda:99"), "no such device")
     info = memory_info(run.device)
     run.check("free memory is plausible", 0 < info.free <= info.total, info)
     if run.cuda:

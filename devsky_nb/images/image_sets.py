@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .._core import name_path, name_text
+from .._core import name_text
 from ..errors import FileNotFoundError, ValidationError
 from .folders import FoundFile, NOT_ASKED_FOR, VECTORS, check_local, is_vectors, walk_files
 from .items import Account, Item, LeftOut, read_item
@@ -99,9 +99,8 @@ def item_entry(item: Item, labels_from_folders: bool) -> dict:
     "An input as an entry."
     is_file = item.span is None and item.data is None and item.problem is None
     entry: dict[str, Any] = {"id": item.id}
-    path = item.path or item.id
-    if item.file and not is_address(item.file) and name_path(path) != item.file: path = item.file  # its name is no text
-    if is_file or item.path is None: entry["path"] = path
+    is_here = item.file is not None and not is_address(item.file)  # and may have a name that is no text
+    if is_file or item.path is None: entry["path"] = item.file if is_here else item.path or item.id
     else: entry["image"] = PackedImage(replace(item, metadata=None))
     where = os.path.abspath(item.path) if is_file and item.path else item.id
     if labels_from_folders: entry["label"] = os.path.basename(os.path.dirname(where)) or name_text(Path(where).stem)

@@ -357,7 +357,7 @@ def test_a_hub_id_is_a_name_like_any_other(sdxl, tmp_path):
     refused(sdxl, ModelNotFoundError, "green.safetensors|not in the cache", "shop/style", file="green.safetensors", **options)
     refused(sdxl, ModelNotFoundError, "offline=True|HF_HUB_OFFLINE", "shop/other", **options)
     refused(sdxl, ValidationError, "file=", "shop/style", file="x.bin", **options)
-    refused(sdxl, ValidationError, "is a model, and no LoRA|no LoRA", "tiny-clip", **options)
+    refused(sdxl, FileNotFoundError, "no file or folder '.*tiny-clip': name a LoRA's file, or a Hub id", "tiny-clip", **options)
 
 
 def test_a_pipeline_that_others_have_is_not_changed(tmp_path):

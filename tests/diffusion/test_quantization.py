@@ -858,7 +858,7 @@ FULL = {"python": MemoryError("no more"), "cuda": torch.OutOfMemoryError("CUDA o
         "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")}
 
 
-@pytest.mark.parametrize("name, error", zip(["load_part", "load_on_cpu", "load_pipeline"], FULL.values()), ids=FULL)
+@pytest.mark.parametrize("name, error", [*zip(["load_part", "load_on_cpu", "load_pipeline"], FULL.values())], ids=FULL)
 def test_a_checkpoint_survives_that_there_is_no_memory_for_it(name, error, cached, monkeypatch):
     cache, folder = cached
     before = listing(folder)
