@@ -213,7 +213,7 @@ class Parser(argparse.ArgumentParser):
         if Parser.as_json: say_json({"error": ValidationError(message).to_dict()})
         super().error(message)
 
-def size_text(text: str) -> str:
+def byte_size(text: str) -> str:
     "A number of bytes, as it was written."
     try: parse_bytes(text)
     except ValidationError as e: raise argparse.ArgumentTypeError(e.message)
@@ -868,11 +868,11 @@ def generate(args: argparse.Namespace) -> int:
 # %% ../nbs/03_cli.ipynb #15c10010
 def plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="NAME", help="alias such as sdxl-base, Hub id, or folder; weights are not needed")
-    parser.add_argument("--budget", type=size_text, metavar="SIZE",
+    parser.add_argument("--budget", type=byte_size, metavar="SIZE",
                         help="memory that PyTorch may take: 8GB (8·10⁹ bytes) or 7.5GiB (7.5·2³⁰)")
     parser.add_argument("--config", metavar="WORDS",
                         help="answer for this configuration alone, with or without a budget: 'nf4, model offload'")
-    parser.add_argument("--host-budget", type=size_text, metavar="SIZE", help="main memory for weights, as --budget (default: no limit)")
+    parser.add_argument("--host-budget", type=byte_size, metavar="SIZE", help="main memory for weights, as --budget (default: no limit)")
     parser.add_argument("--width", type=count(), metavar="PX", help="of an image (default: the model's own)")
     parser.add_argument("--height", type=count(), metavar="PX", help="of an image (default: the model's own)")
     parser.add_argument("--frames", type=count(), metavar="N", help="of a video (default: the model's own)")
@@ -950,7 +950,7 @@ def doctor_options(parser: argparse.ArgumentParser) -> None:
                         help="check for this version, such as transformers=4.57 (default: what the project states)")
     parser.add_argument("--rules", action="store_true", help="list all rules")
     parser.add_argument("--plan", metavar="NAME", help="model that is to run here; is there memory for it?")
-    parser.add_argument("--budget", type=size_text, metavar="SIZE", help="memory that it may take, such as 8GB (default: what is free)")
+    parser.add_argument("--budget", type=byte_size, metavar="SIZE", help="memory that it may take, such as 8GB (default: what is free)")
     parser.add_argument("--revision", metavar="REV", help="of that model: commit, branch or tag (default: as locked)")
     parser.add_argument("--cache-dir", type=file_path, metavar="DIR", help="Hub cache (default: the usual one)")
 
@@ -1007,7 +1007,7 @@ def models_options(parser: argparse.ArgumentParser) -> None:
     fetch.add_argument("name", help="alias or Hub id, such as clip-vit-base")
     fetch.add_argument("--revision", metavar="REV", help="commit, branch or tag to fetch and lock (default: as locked)")
     fetch.add_argument("--timeout", type=float, metavar="SECONDS", help="time that it may take (default: six hours)")
-    fetch.add_argument("--max-bytes", type=size_text, metavar="SIZE", help="what it may fetch, such as 20GB (default: 100GB)")
+    fetch.add_argument("--max-bytes", type=byte_size, metavar="SIZE", help="what it may fetch, such as 20GB (default: 100GB)")
     check = add_action(actions, "verify", "check every byte of a fetched model, offline")
     check.add_argument("name", help="alias, such as clip-vit-base")
     for action in actions.choices.values():
@@ -1036,7 +1036,7 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
     verify = add_action(actions, "verify", "check every blob offline")
     verify.add_argument("repo", nargs="?", help="one repository only")
     evict = add_action(actions, "evict", "plan what to delete, and delete it with --execute")
-    evict.add_argument("--max-size", type=size_text, metavar="SIZE", help="shrink the cache to this, such as 20GB")
+    evict.add_argument("--max-size", type=byte_size, metavar="SIZE", help="shrink the cache to this, such as 20GB")
     evict.add_argument("--unused-days", type=float, metavar="N", help="delete what was not used for N days")
     evict.add_argument("--keep", action="append", default=[], metavar="NAME",
                        help="a repository, commit or quantized copy that stays, as the report names it")

@@ -62,11 +62,9 @@ INSTEAD = {"generator": "seed=, which is kept in the image", "latents": "seed=, 
            "lora_scale": "load_lora(..., weight=...)", "cross_attention_kwargs": "load_lora(..., weight=...)",
            "joint_attention_kwargs": "load_lora(..., weight=...)", "attention_kwargs": "load_lora(..., weight=...)",
            "true_cfg": "true_cfg_scale=",
-           "init_image": "image=", "mask": "mask_image=", "denoising_strength": "strength=", "resize_mode": "fit=",
-           "image": "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts",
-           "mask_image": "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts",
-           "strength": "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts",
-           "fit": "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts"}
+           "init_image": "image=", "mask": "mask_image=", "denoising_strength": "strength=", "resize_mode": "fit="}
+INSTEAD |= dict.fromkeys(("image", "mask_image", "strength", "fit"),
+                         "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts")
 
 def refuse_unknown(given: dict[str, object],  # keywords that the call does not know
                    known: Iterable[str],  # those that it knows

@@ -1,9 +1,10 @@
 "The column `metadata`: there if the source has side-cars, the same from every run and every engine, and carried to whoever reads."
-import io, json, os, signal, subprocess, sys, tarfile, zipfile
+import io, json, os, signal, subprocess, sys, zipfile
 
 import numpy as np, pyarrow.parquet as pq, pytest
 from PIL import Image
 
+from archives import make_tar
 from devsky_nb import export_embeddings, FolderIndex, ImagePolicy, search_images
 from devsky_nb.cli import main
 from devsky_nb.embedding.bulk import embed_images
@@ -32,15 +33,6 @@ def members(**texts):
     return dict(sorted((files | {name.replace("_", ".").removeprefix("n"): data for name, data in texts.items()}).items()))
 
 
-def make_tar(path, files):
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 TEXTS = dict(n0_txt=b"first", n0_json=b'{"price": 9.5}', n3_txt="größer".encode(), n5_json=b"{", n7_cls=b"7", n8_txt=b"copy")
 
 
@@ -53,7 +45,7 @@ EXPECTED = {"0": {"json": {"price": 9.5}, "txt": "first"}, "3": {"txt": "größe
 @pytest.fixture(scope="module")
 def made(embedder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("made")
-    report = embed_images(make_tar(folder / "s.tar", members(**TEXTS)), folder / "out", embedder, **SIZES)
+    report = embed_images(make_tar(folder / "s.tar", members(**TEXTS).items()), folder / "out", embedder, **SIZES)
     assert (report.embedded, report.duplicate, report.error) == (7, 1, 1) and list(report.left_out) == [("s.tar/5.json", next(iter(report.left_out_counts)))]
     return folder
 
@@ -71,7 +63,7 @@ def test_rows_copies_and_errors_have_their_own_metadata(made, embedder, tmp_path
 
 
 def test_a_source_without_side_cars_has_the_columns_it_had(embedder, tmp_path):
-    embed_images(make_tar(tmp_path / "s.tar", members(n9_txt=b"alone", n5_json=b"{")), tmp_path / "out", embedder, **SIZES)
+    embed_images(make_tar(tmp_path / "s.tar", members(n9_txt=b"alone", n5_json=b"{").items()), tmp_path / "out", embedder, **SIZES)
     for shard in (tmp_path / "out").glob("*.parquet"): assert pq.read_schema(shard).names == OLD
     assert not FolderIndex(tmp_path / "out").has_metadata
     answers = search_images(tmp_path / "out", "a hat", k=1, device="cpu").to_dict()["queries"][0]["neighbours"]
@@ -81,10 +73,10 @@ def test_a_source_without_side_cars_has_the_columns_it_had(embedder, tmp_path):
 def test_side_cars_that_come_change_and_go_cost_no_vector(made, embedder, tmp_path):
     tar, out = tmp_path / "s.tar", tmp_path / "out"
     plain, full = members(), members(**TEXTS)
-    embed_images(make_tar(tar, plain), out, embedder, **SIZES)
+    embed_images(make_tar(tar, plain.items()), out, embedder, **SIZES)
     bare = files(out)
     for content in (full, members(**TEXTS | {"n3_txt": b"other"}), plain, full):
-        report = embed_images(make_tar(tar, content), out, embedder, **SIZES)
+        report = embed_images(make_tar(tar, content.items()), out, embedder, **SIZES)
         assert report.reused == report.embedded == 7
         fresh = tmp_path / f"fresh{len(list(tmp_path.iterdir()))}"
         embed_images(tar, fresh, embedder, **SIZES)

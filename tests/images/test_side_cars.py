@@ -1,25 +1,16 @@
 "Texts beside images, in an archive or a folder, become their metadata, or are named: nothing vanishes, nothing fails, and memory has a bound."
-import io, json, os, tarfile, tracemalloc, zipfile
+import json, os, tarfile, tracemalloc, zipfile
 
 import fsspec, pytest
 from hypothesis import given, settings, strategies as st
 
+from archives import make_tar
 from devsky_nb.images.image_sets import read_image_set, TEXTS_BESIDE
 from devsky_nb.images.folders import TEXT_ELSEWHERE, ImageFolder
 from devsky_nb.images.items import Item, LeftOut
 from devsky_nb.images.kinds import HIDDEN, NO_IMAGE, begins_like_image
 from devsky_nb.images.side_cars import APART, MOST_BESIDE, MOST_TEXT, NOT_TAKEN, UNREADABLE, SideCar, with_metadata
 from devsky_nb.images.sources import A_TEXT, open_source
-
-
-def make_tar(path, members):
-    path = path.with_suffix(".tar")
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def make_zip(path, members, method=zipfile.ZIP_DEFLATED):
@@ -47,23 +38,23 @@ def test_what_webdataset_makes_of_side_cars_in_any_order(make, tmp_path):
     members = [("a/1.cls", b"7\n"), ("a/1.front.jpg", b""), ("a/1.back.JPG", b""), ("a/1.JSON", b'{"b": [1.5, null], "a": "\xc3\xb6"}'), ("a/1.front.json", b"[]"), ("a/2.jpg", b""),
                ("a/2.txt", "\ufeffein Kleid\n".encode()), ("a/3.jpg", b""), ("b/3.txt", b"elsewhere"), ("4.txt", b"before"), ("4.npy", b""), ("4.cls", b"n01440764"), ("4.png", b""), ("5.txt", b"alone"), ("7.id", b"7"), ("6.index", b"-3"), ("6.id", b"000123"), ("6.webp", b"")]
     shared = {"cls": 7, "json": {"b": [1.5, None], "a": "ö"}}
-    images, left = read(make(tmp_path / "s", members))
+    images, left = read(make(tmp_path / "s.tar", members))
     assert images == {"a/1.front.jpg": shared | {"front.json": []}, "a/1.back.JPG": shared, "a/2.jpg": {"txt": "ein Kleid\n"}, "a/3.jpg": None, "4.png": {"txt": "before", "cls": "n01440764"}, "6.webp": {"index": -3, "id": 123}}
     assert left == {"b/3.txt": APART, "4.npy": NO_IMAGE, "5.txt": APART, "7.id": APART}
-    assert read(make(tmp_path / "t", members[::-1])) == (images, left)
+    assert read(make(tmp_path / "t.tar", members[::-1])) == (images, left)
 
 
 @archives
 def test_what_is_broken_or_too_much_is_named_and_its_image_read(make, tmp_path):
     broken = [b"{", b"", b"\xff\xfe{\x00", b"[NaN]", b"[1e999]", b"[" * 3000 + b"]" * 3000, b"1" * 5000, b"\xef\xbb"]
     members = [m for n, data in enumerate(broken) for m in ((f"{n}.jpg", b""), (f"{n}.json", data), (f"{n}.txt", b"fine"))]
-    images, left = read(make(tmp_path / "s", members))
+    images, left = read(make(tmp_path / "s.tar", members))
     assert set(images) == {f"{n}.jpg" for n in range(len(broken))} and all(found == {"txt": "fine"} for found in images.values())
     assert left == {f"{n}.json": UNREADABLE for n in range(len(broken))}
     room = MOST_TEXT - len('"txt": ""')
     members = [("a.jpg", b""), ("a.txt", b"x" * room), ("b.jpg", b""), ("b.txt", b"x" * (room + 1)), ("b.cls", b"1"), ("c.json", b'"' + b"x" * 2**20 + b'"'), ("c.jpg", b""),
                ("d.json", b" " * 70_000 + b"{}"), ("d.txt", b"\0" * 20_000), ("d.jpg", b""), ("e.txt", b"\xff"), ("e.jpg", b""), ("f.txt", b"one"), ("f.TXT", b"two"), ("f.jpg", b"")]
-    images, left = read(make(tmp_path / "t", members))
+    images, left = read(make(tmp_path / "t.tar", members))
     assert images == {"a.jpg": {"txt": "x" * room}, "b.jpg": {"cls": 1}, "c.jpg": None, "d.jpg": None, "e.jpg": None, "f.jpg": {"txt": "one"}}
     assert left == {"b.txt": NOT_TAKEN, "c.json": NOT_TAKEN, "d.json": NOT_TAKEN, "d.txt": NOT_TAKEN, "e.txt": UNREADABLE, "f.TXT": NOT_TAKEN}
 
@@ -126,7 +117,7 @@ def test_every_member_is_an_input_is_left_out_or_is_metadata(members, tmp_path_f
 
 
 def test_an_image_set_names_them_and_holds_none(tmp_path):
-    path = make_tar(tmp_path / "s", [("a.jpg", b""), ("a.txt", b"text"), ("b.jpg", b"")])
+    path = make_tar(tmp_path / "s.tar", [("a.jpg", b""), ("a.txt", b"text"), ("b.jpg", b"")])
     found = read_image_set(path)
     assert [entry["id"] for entry in found["images"]] == ["s.tar/a.jpg", "s.tar/b.jpg"] and found["images"][0]["image"].item.metadata is None
     assert found["left_out"] == [("s.tar/a.jpg", TEXTS_BESIDE)]
@@ -154,7 +145,7 @@ def test_a_folder_gives_what_its_archive_gives(tmp_path):
     assert left == {"bad.json": UNREADABLE, "long.txt": NOT_TAKEN, "labels.json": NO_IMAGE, "sub.x/b.txt": NO_IMAGE}
     assert metadata_of(ImageFolder(folder)) == found
     for make in (make_tar, make_zip):
-        images, others = read(make(tmp_path / "packed", FOLDER))
+        images, others = read(make(tmp_path / "packed.tar", FOLDER))
         assert images == found and others == left | {"labels.json": APART, "sub.x/b.txt": APART}
 
 

@@ -1,10 +1,11 @@
 "Sources with everything wrong that a disk, a copy or a stranger can do to them."
-import io, os, pickle, random, subprocess, sys, tarfile
+import os, pickle, random, subprocess, sys, tarfile
 from pathlib import Path
 
 import pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import given, settings, strategies as st
 
+from archives import make_tar
 from devsky_nb.errors import DevSkyyError, FileNotFoundError as NoSuchFile, ValidationError
 from devsky_nb.images.policy import ImagePolicy
 from devsky_nb.images.folders import ImageFolder, ImageList, expand_pattern
@@ -23,17 +24,6 @@ def items(source, rows=1000): return [i for s in slices(source, rows) for i in s
 def outcome(item, policy=POLICY):
     try: return read_item(item, policy)
     except DevSkyyError as e: return e.details["reason"]
-
-
-def make_tar(path, members, **kwargs):
-    "Members are (name, bytes) or TarInfo."
-    with tarfile.open(path, "w", **kwargs) as tar:
-        for m in members:
-            info = m if isinstance(m, tarfile.TarInfo) else tarfile.TarInfo(m[0])
-            data = b"" if info is m else m[1]
-            if info is not m: info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 # folders and lists

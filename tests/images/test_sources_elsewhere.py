@@ -1,5 +1,5 @@
 "What lies elsewhere: servers that hang, lie, redirect and fail, buckets, and secrets that nobody may see."
-import io, logging, pickle, socket, sys, tarfile, time, zipfile
+import logging, pickle, socket, sys, time, zipfile
 from contextlib import closing
 from pathlib import Path
 
@@ -7,6 +7,7 @@ import fsspec, pyarrow as pa, pyarrow.parquet as pq, pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from archives import make_tar
 from shopserver import Shop, image
 
 from devsky_nb.embedding.plan import SourcePlan
@@ -142,11 +143,7 @@ def test_a_folder_in_a_bucket_is_read_like_one_here(bucket, tmp_path):
 
 
 def test_archives_and_tables_in_a_bucket(bucket, shop, tmp_path):
-    with tarfile.open(tmp_path / "s.tar", "w") as tar:
-        for n in range(3):
-            info = tarfile.TarInfo(f"{n}.png")
-            info.size = len(image(n))
-            tar.addfile(info, io.BytesIO(image(n)))
+    make_tar(tmp_path / "s.tar", [(f"{n}.png", image(n)) for n in range(3)])
     with zipfile.ZipFile(tmp_path / "z.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         for n in range(3): archive.writestr(f"{n}.png", image(n))
     for name in ("s.tar", "z.zip"):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 
+from archives import make_tar
 from devsky_nb.embedding.plan import SourcePlan
 from devsky_nb.errors import ValidationError
 from devsky_nb.images.folders import ImageFolder, ImageList, READ_BEFORE, READ_THERE, LOOP, VECTORS, expand_pattern
@@ -33,15 +34,6 @@ def write(folder, files):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return folder
-
-
-def make_tar(path, members):
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
 
 
 def account(source):
