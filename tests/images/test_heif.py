@@ -25,12 +25,21 @@ def encoded(heif, image, **options):
     return buffer.getvalue()
 
 
-def test_a_photo_is_what_it_was(heif):
-    assert "HEIF" not in Image.OPEN  # nothing was registered with Pillow
+@pytest.fixture(params=[False, True], ids=["as Pillow is", "registered with Pillow"])
+def plugins(request, heif, monkeypatch):
+    "What Pillow opens, without HEIF, or with it, as where imageio was imported before."
+    for name in ("OPEN", "ID", "MIME", "EXTENSION", "SAVE", "SAVE_ALL", "DECODERS"): monkeypatch.setattr(Image, name, getattr(Image, name).copy())
+    Image.OPEN.pop("HEIF", None)
+    if request.param: heif.register_heif_opener()
+    return Image.OPEN
+
+
+def test_a_photo_is_what_it_was(heif, plugins):
+    before = dict(plugins)
     image, record = load_image(encoded(heif, photo()))
     assert image.mode == "RGB" and image.size == (64, 48) and record.format == "HEIF" and record.n_frames == 1
     assert np.abs(np.asarray(image).astype(int) - np.asarray(photo())).max() <= 3
-    assert "HEIF" not in Image.OPEN
+    assert ("HEIF" in Image.OPEN) == ("HEIF" in before)  # a reader of ours registers nothing
 
 
 def test_alpha_and_profile(heif):
