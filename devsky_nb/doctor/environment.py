@@ -256,7 +256,7 @@ def kernels(subject: Subject) -> Iterator[Observation]:
 
 # %% ../../nbs/doctor/16_environment.ipynb #2f1c5617
 ROUND_TRIP = """
-import io, torch
+import torch
 from devsky_nb.hub.load import import_bitsandbytes
 import_bitsandbytes()
 import bitsandbytes as bnb

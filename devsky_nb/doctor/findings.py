@@ -288,9 +288,3 @@ def render(findings: Findings,
     if format == "text": return "\n".join([*map(with_code, findings), findings.summary])
     data = findings.to_dict() if format == "json" else to_sarif(findings, rules, version)
     return json.dumps(data, indent=2)
-
-def encodable(text: str,
-              encoding: str | None,  # of a stream; None: it has none, and takes everything
-              ) -> str:
-    "Text in which a number stands for each character that a stream cannot write."
-    return text.encode(encoding or "utf-8", "backslashreplace").decode(encoding or "utf-8")

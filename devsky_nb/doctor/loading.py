@@ -41,6 +41,19 @@ def loads_pipeline(call: Call) -> bool:
     "Whether a call may load a pipeline."
     return any(is_pipeline(cls) for cls in loads(call))
 
+def loading_library(call: Call) -> str:  # "": none that is known
+    "The library that a call loads a model with."
+    if full_names(call.function) == {"transformers.pipeline"}: return "transformers"
+    return next((library for cls in loads(call) if (library := library_of(cls)) in ("diffusers", "transformers")), "")
+
+NO_MODEL = re.compile(r"\w*(Tokenizer(Fast)?|Processor|FeatureExtractor|Config|Scheduler)")
+
+def is_model(cls: str) -> bool:
+    "Whether a class is that of a model, and not of what belongs to one."
+    return NO_MODEL.fullmatch(short_name(cls)) is None
+
+OLD_AND_NEW = ("version", "Version", "AttributeError", "ImportError")  # in a condition: the program is for several
+
 # %% ../../nbs/doctor/07_loading.ipynb #c9b89131
 RETURNS_SELF = {"to", "eval", "train", "cuda", "cpu", "half", "float", "bfloat16", "requires_grad_"}  # of a model
 MAX_STEPS_BACK = 20  # from an object to where it came from

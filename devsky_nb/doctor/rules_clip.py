@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from .flow import (alternatives, Attribute, Call, Choice, Constant, constant, Event, full_name,
                    is_guarded, Name, Operation, Program, Sequence, Subscript, Value)
-from .loading import class_names, classes, creations, FEATURE_METHODS, library_of, short_name
+from .loading import (class_names, creations, FEATURE_METHODS, library_of, OLD_AND_NEW,
+                      short_name)
 from .rule import Change, Hit, rule
 
 # %% ../../nbs/doctor/12_rules_clip.ipynb #fbeac0a8
@@ -163,8 +164,6 @@ def feature_method(value: Value) -> str:  # "": it is something else
     return ""
 
 # %% ../../nbs/doctor/12_rules_clip.ipynb #eb1eb1df
-OLD_AND_NEW = ("version", "Version", "AttributeError", "ImportError")  # in a condition: the program is for several
-
 @rule("DSK043", "features-are-an-object", "error", "CLIP", "attribute call operation",
       mentions="get_image_features get_text_features", since="transformers 5", wrong="""
 from transformers import CLIPModel

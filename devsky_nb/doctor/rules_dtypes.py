@@ -11,16 +11,11 @@ from collections.abc import Iterator
 
 from .flow import (alias, alternatives, argument, Attribute, Call, Constant, constant, Event, full_name,
                    full_names, may_be_absent, Program, Sequence, Value)
-from .loading import (argument_node, class_names, classes, creations, is_pipeline, library_of, loads,
-                      RETURNS_SELF, short_name)
+from .loading import (argument_node, class_names, classes, creations, is_pipeline, library_of,
+                      loading_library, loads, RETURNS_SELF, short_name)
 from .rule import Change, Hit, rule
 
 # %% ../../nbs/doctor/10_rules_dtypes.ipynb #acb5a381
-def loading_library(call: Call) -> str:  # "": none that is known
-    "The library that a call loads a model with."
-    if full_names(call.function) == {"transformers.pipeline"}: return "transformers"
-    return next((library for cls in loads(call) if (library := library_of(cls)) in ("diffusers", "transformers")), "")
-
 @rule("DSK020", "torch-dtype", "info", "dtype", "call", mentions="torch_dtype",
       since="transformers 4.56, diffusers 0.40", wrong="""
 import torch
@@ -176,6 +171,7 @@ def loads_quantized(cls: str, call: Call) -> bool:
     if not loads(call) or is_pipeline(cls): return False
     config = call.keywords.get("quantization_config")
     if config is not None and all(classes(option) for option in alternatives(config)): return True
+    if library_of(cls) != "transformers": return False  # diffusers ignores the flags
     return any(constant(call.keywords.get(flag)) is True for flag in ("load_in_4bit", "load_in_8bit"))
 
 def quantizes_part(call: Call, part: str) -> bool:

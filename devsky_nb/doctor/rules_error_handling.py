@@ -10,13 +10,12 @@ import ast, re
 from collections.abc import Iterator
 
 from .flow import Call, Event, full_names, Program
-from .loading import creations, loads, model_called, short_name
+from .loading import creations, is_model, loads, model_called
 from .rule import Hit, rule
 
 # %% ../../nbs/doctor/14_rules_error_handling.ipynb #5ab13290
 MODEL_READERS = {"torch.load", "safetensors.torch.load_file", "huggingface_hub.snapshot_download",
                  "huggingface_hub.hf_hub_download", "transformers.pipeline"}
-NO_MODEL = re.compile(r"\w*(Tokenizer(Fast)?|Processor|FeatureExtractor|Config|Scheduler)")
 LOADING_NAME = re.compile(r"load_?\w*(model|pipe)|(model|pipe)\w*load|from_pretrained", re.IGNORECASE)
 
 def written_name(node: ast.Call | None) -> str:  # "": it has none
@@ -24,10 +23,6 @@ def written_name(node: ast.Call | None) -> str:  # "": it has none
     match node:
         case ast.Call(func=ast.Attribute(attr=name)) | ast.Call(func=ast.Name(id=name)): return name
     return ""
-
-def is_model(cls: str) -> bool:
-    "Whether a class is that of a model, and not of what belongs to one."
-    return NO_MODEL.fullmatch(short_name(cls)) is None
 
 def works_with_model(call: Call) -> bool:
     "Whether a call loads or runs a model."

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from .flow import (Attribute, Call, circumstances, Constant, constant, Event, Instance, is_guarded,
                    Program, Sequence, Value)
 from .loading import (classes, creations, is_pipeline, library_of, loads, MAX_STEPS_BACK, model_called,
-                      RETURNS_SELF, short_name)
+                      OLD_AND_NEW, RETURNS_SELF, short_name)
 from .rule import Change, Hit, rule
 
 # %% ../../nbs/doctor/11_rules_inference.ipynb #52d5ec2c
@@ -44,7 +44,6 @@ def attention_slicing(event: Event, events: Program) -> Iterator[Hit]:
 
 # %% ../../nbs/doctor/11_rules_inference.ipynb #f5b2f3ce
 REMOVED_SWITCHES = ("enable_vae_tiling", "enable_vae_slicing", "disable_vae_tiling", "disable_vae_slicing")
-OLD_AND_NEW = ("version", "Version", "AttributeError", "ImportError")  # in a condition: the program is for several
 
 def attribute_name_node(node: ast.expr, name: str) -> ast.Name:
     "The name at the end of `base.name`, as a node of its own."

@@ -8,9 +8,10 @@ __all__ = []
 # %% ../../nbs/doctor/09_rules_quantization.ipynb #07quant3
 from collections.abc import Iterator
 
-from .flow import (alternatives, argument, Call, Constant, constant, Event, full_names, Mapping,
-                   Program, Value)
-from .loading import argument_node, class_names, library_of, loads_pipeline, short_name
+from .flow import (alternatives, argument, Call, Constant, constant, Event, full_names, is_guarded,
+                   Mapping, may_be_absent, Program, Value)
+from .loading import (argument_node, class_names, is_model, library_of, loading_library, loads,
+                      loads_pipeline, OLD_AND_NEW, short_name)
 from .rule import Hit, rule
 
 # %% ../../nbs/doctor/09_rules_quantization.ipynb #5b209313
@@ -41,7 +42,7 @@ def config_on_pipeline(event: Event, events: Program) -> Iterator[Hit]:
 # %% ../../nbs/doctor/09_rules_quantization.ipynb #273f674f
 BIT_FLAGS = ("load_in_4bit", "load_in_8bit")
 
-@rule("DSK011", "load-in-on-pipeline", "error", "quantization", "call", mentions="load_in_", wrong="""
+@rule("DSK011", "load-in-ignored", "error", "quantization", "call", mentions="load_in_", wrong="""
 from diffusers import DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained(folder, load_in_4bit=True)
 """, right="""
@@ -53,13 +54,44 @@ config = PipelineQuantizationConfig(quant_backend="bitsandbytes_4bit", quant_kwa
                                     components_to_quantize=["unet"])
 pipe = DiffusionPipeline.from_pretrained(folder, quantization_config=config)
 """)
-def load_in_on_pipeline(event: Event, events: Program) -> Iterator[Hit]:
-    "A pipeline ignores load_in_4bit and load_in_8bit with a warning, and the model that comes back is not quantized."
+def load_in_ignored(event: Event, events: Program) -> Iterator[Hit]:
+    "diffusers drops load_in_4bit and load_in_8bit with a warning at most, and what comes back is not quantized."
+    if loading_library(event.call) != "diffusers": return
+    of_pipeline = loads_pipeline(event.call)
+    subject = "a pipeline" if of_pipeline else "a model of diffusers"
+    config = "PipelineQuantizationConfig" if of_pipeline else "BitsAndBytesConfig"
     for flag in BIT_FLAGS:
         given = event.call.keywords.get(flag)
-        if given is not None and constant(given) is not False and loads_pipeline(event.call):
-            yield Hit(argument_node(event, flag), f"a pipeline ignores {flag}: nothing is quantized",
-                      "Give a PipelineQuantizationConfig as quantization_config")
+        if given is not None and constant(given) is not False:
+            yield Hit(argument_node(event, flag), f"{subject} ignores {flag}: nothing is quantized",
+                      f"Give a {config} as quantization_config")
+
+# %% ../../nbs/doctor/09_rules_quantization.ipynb #07quantd
+def arguments_of_model(call: Call) -> dict[str, Value]:
+    "What a call hands to from_pretrained of a model of transformers."
+    if full_names(call.function) != {"transformers.pipeline"}:
+        is_of_model = loading_library(call) == "transformers" and any(map(is_model, loads(call)))
+        return call.keywords if is_of_model else {}
+    given = call.keywords.get("model_kwargs")
+    return given.items if isinstance(given, Mapping) else {}
+
+@rule("DSK016", "load-in-removed", "error", "quantization", "call", mentions="load_in_", since="transformers 5",
+      wrong="""
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(folder, load_in_8bit=True)
+""", right="""
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+config = BitsAndBytesConfig(load_in_8bit=True)
+model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+""")
+def load_in_removed(event: Event, events: Program) -> Iterator[Hit]:
+    "transformers 5 has no load_in_4bit and load_in_8bit beside quantization_config, and the load raises."
+    given = arguments_of_model(event.call)
+    if is_guarded(event, events, "TypeError", *OLD_AND_NEW): return
+    for flag in BIT_FLAGS:
+        if flag in given and not may_be_absent(given[flag]):
+            yield Hit(argument_node(event, flag), f"from_pretrained of transformers takes no {flag} any more",
+                      "Give a BitsAndBytesConfig as quantization_config")
 
 # %% ../../nbs/doctor/09_rules_quantization.ipynb #457dd6a3
 QUANTIZING_LIBRARIES = ("transformers", "diffusers")

@@ -122,4 +122,5 @@ def pickled_weights(event: Event, events: Program) -> Iterator[Hit]:
                   "Convert the weights to safetensors, leave weights_only at True, or say that the file is "
                   "your own: `# noqa: DSK052`")
     elif names & PICKLE_READERS and (is_pickled_model(argument(call, "file", 0)) or says_model(event, events)):
-        yield Hit(event.node, "a model is read from a pickle", "Save it with save_pretrained or safetensors")
+        yield Hit(event.node, "a pickle is read, which runs what is in it",
+                  "Save models with save_pretrained or safetensors, and vectors with numpy or as Parquet")

@@ -18,7 +18,7 @@ pipe = diffusers.FluxPipeline.from_pretrained('a/b', torch_dtype=dtype, trust_re
 
 def test_codes_of_all_rules_differ():
     codes = [rule.code for rule in (*SOURCE_RULES, *ENVIRONMENT_RULES)]
-    assert codes == sorted(set(codes)) and len(SOURCE_RULES) == 30
+    assert codes == sorted(set(codes)) and len(SOURCE_RULES) == 31
 
 
 def test_sarif_has_what_github_requires(tmp_path, devsky):
@@ -48,6 +48,8 @@ def test_sarif_has_what_github_requires(tmp_path, devsky):
     lines = [p["region"]["startLine"] for p in places if "ipynb" in p["artifactLocation"]["uri"]]
     notebook = (tmp_path / "a.ipynb").read_text(encoding="utf-8").splitlines()
     assert lines and all("from_pretrained" in notebook[n - 1] for n in lines)
+    columns = {p["region"]["startColumn"] for p in places if "ipynb" in p["artifactLocation"]["uri"]}
+    assert columns == {1}  # a column of the cell is none of the file
 
 
 def test_github_annotations_cannot_be_forged(tmp_path, devsky):

@@ -310,6 +310,17 @@ os.environ['HF_HOME'] = '/x'""",
     """\
 def from_pretrained(*a, **k): ...
 from_pretrained('a/b', trust_remote_code=False, torch_dtype='x', load_in_4bit=True)""",
+    """\
+import diffusers, torch, transformers as t
+m = diffusers.UNet2DConditionModel.from_pretrained(x, load_in_8bit=False)
+m = m.half()
+settings = {'load_in_8bit': True}
+t.AutoTokenizer.from_pretrained(x, **settings)
+t.pipeline('text-generation', x, model_kwargs={'quantization_config': t.BitsAndBytesConfig(**settings)})
+try: t.AutoModel.from_pretrained(x, load_in_8bit=True)
+except TypeError: t.AutoModel.from_pretrained(x, quantization_config=t.BitsAndBytesConfig(**settings))
+quantized = settings if old else {'quantization_config': t.BitsAndBytesConfig(**settings)}
+t.AutoModel.from_pretrained(x, **quantized)""",
 ]
 
 
@@ -356,6 +367,12 @@ m = A.from_pretrained(x, quantization_config=B(load_in_8bit=True)).eval()
 m.to('cuda')
 m.to('cuda', torch.float16)
 m.bfloat16()""", [("DSK024", 5), ("DSK024", 6)]),
+    ("""\
+import diffusers, transformers as t
+diffusers.UNet2DConditionModel.from_pretrained(x, load_in_8bit=True).half()
+t.AutoModelForCausalLM.from_pretrained(x, load_in_8bit=True)
+t.AutoModelForCausalLM.from_pretrained(x, load_in_4bit=False)
+t.pipeline('text-generation', x, model_kwargs={'load_in_4bit': True})""", [("DSK011", 2), ("DSK016", 3), ("DSK016", 4), ("DSK016", 5)]),
     ("""\
 import torch
 from transformers import CLIPModel

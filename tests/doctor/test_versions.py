@@ -126,6 +126,15 @@ def test_the_command_takes_targets(tmp_path, devsky):
         assert devsky(source, "--source", "--target", wrong, cwd=tmp_path).returncode == 2, wrong
 
 
+def test_the_flags_of_a_quantized_load_were_arguments_of_transformers_4_and_never_of_diffusers(tmp_path):
+    code = "import diffusers, transformers\n" + "".join(
+        f"{cls}.from_pretrained(x, load_in_8bit=True)\n"
+        for cls in ("diffusers.FluxPipeline", "diffusers.AutoencoderKL", "transformers.AutoModel"))
+    (tmp_path / "load.py").write_text(code, encoding="utf-8")
+    lines = {version: [f.line for f in scan_source(tmp_path, target={"transformers": version})] for version in ("4.57", "5.6")}
+    assert lines == {"4.57": [2, 3], "5.6": [2, 3, 4]}
+
+
 def test_a_project_that_is_the_library_is_of_its_own_version(tmp_path):
     files = {"pyproject.toml": '[project]\nname = "transformers"\nversion = "4.57.0.dev0"\n', "requirements.txt": "diffusers<0.40"}
     assert found(project(tmp_path, files)) == set()
