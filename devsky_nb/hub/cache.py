@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 from .._core import check_count, check_number, format_bytes, format_count, html_table, read_text
 from ..errors import DevSkyyError, ModelLoadError, ValidationError
 from .pins import folder_name, is_within, last_used, REF_BYTES, repo_name, use_stamp
-from .settings import (cache_folder, cache_problems, CacheProblem, existing_folder, hub_cache,
-                       quantized_cache)
+from .settings import cache_folder, cache_problems, CacheProblem, existing_folder, quantized_cache
 from .weights import read_object
 
 if TYPE_CHECKING:
@@ -103,7 +102,7 @@ class QuantizedCopy:
     def __str__(self) -> str: return _line(self.row())
 
 def folder_size(folder: Path) -> int:  # bytes
-    "What the files below a folder take."
+    "What the files below a folder take, where links lead too."
     return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 def read_copy(folder: Path) -> QuantizedCopy:

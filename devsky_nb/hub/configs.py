@@ -71,7 +71,7 @@ def check_quantization(file: Path, field: str, value: object) -> None:
     flagged = about.get("load_in_4bit") or about.get("load_in_8bit")
     if about.get("quant_method") != "bitsandbytes" and not (flagged and "quant_method" not in about):
         raise refused(file, field, value, "is no quantization that this package reads: bitsandbytes is",
-                      "Choose the model in full precision")
+                      "Choose the model that it was made from, and quantize that")
     foreign = next((text for text in texts_in(about) if "/" in text), None)
     if foreign: raise refused(file, field, foreign, "names a repository, and quantized weights need none")
 

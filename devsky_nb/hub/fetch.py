@@ -15,7 +15,6 @@ from typing import Any, cast, IO, TYPE_CHECKING
 
 from .._core import check_count, check_number, format_bytes, format_count
 from ..errors import MLError, ModelLoadError
-from .models import ModelSpec
 from .pins import COMMIT, folder_name, is_within
 from .settings import cache_folder
 from .verify import read_tree, tree_path

@@ -65,13 +65,16 @@ def collected(logger: logging.Logger, messages: Messages) -> Iterator[None]:
 
 @contextmanager
 def no_progress_bar(library: str) -> Iterator[None]:
-    "Switch the progress bars of a library off."
+    "Switch the progress bars of a library off; transformers' switch is the Hub's, too."
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     log = import_module(f"{library}.utils.logging")
     was_enabled = log.is_progress_bar_enabled()
+    restore = disable_progress_bars if are_progress_bars_disabled() else enable_progress_bars
     log.disable_progress_bar()
     try: yield
     finally:
         if was_enabled: log.enable_progress_bar()
+        restore()
 
 def import_bitsandbytes() -> None:
     "Import bitsandbytes, if it is installed, without the kernel that it would fetch from the Hub on some processors."
@@ -304,7 +307,10 @@ def check_sdxl(folder: Path) -> None:
         raise ValidationError(f"{folder.name!r} is no SDXL pipeline: it has no model_index.json",
                               details={"folder": str(folder), "expected": SDXL})
     name = str(read_index(folder).get("_class_name"))
-    if name != SDXL: raise not_loadable(folder, name, SDXL)
+    if name == SDXL: return
+    raise ModelLoadError(f"{folder} is a {name}, and this call is for SDXL alone: expected {SDXL}. load_quantized_pipeline "
+                         "and PipelineGenerator take the other pipelines of diffusers",
+                         details={"folder": str(folder), "found": name, "expected": SDXL})
 
 SMALL_FILES = ("special_tokens_map.json", "added_tokens.json", "vocab.json", "tokenizer.json")
 TOKENIZER_BYTES = 64 * 2**20  # four times the largest that we know

@@ -9,7 +9,7 @@ from PIL import Image
 from devsky_nb import CLIPImageEmbedder, estimate_vram, load_model, ModelRegistry, plan_vram
 from devsky_nb.errors import DevSkyyError, ModelLoadError, ValidationError
 from devsky_nb.hub.configs import check_configs
-from devsky_nb.hub.load import check_classes, load_folder, part_class
+from devsky_nb.hub.load import check_classes, load_folder
 from devsky_nb.hub.locate import locate_model
 from devsky_nb.memory.configs import CONFIGS, meta_network
 

@@ -7,7 +7,7 @@ from hubcache import blob_name, make_repo
 
 from devsky_nb.errors import DevSkyyError, ModelLoadError, ModelNotFoundError, ValidationError
 from devsky_nb.hub.cache import cache_report, plan_eviction, quantized_copies
-from devsky_nb.hub.locate import cached_snapshot, locate_model
+from devsky_nb.hub.locate import locate_model
 from devsky_nb.hub.models import edit_lock, find_spec, load_lock, lock_path
 from devsky_nb.hub.pins import cached_commit, last_used, pin, pins, record_use, unpin
 from devsky_nb.hub.registry import ModelRegistry

@@ -1,5 +1,5 @@
 "The registry under threads, processes, crashes, damaged files, and against a real HTTP server that speaks the Hub's protocol."
-import gc, hashlib, itertools, json, os, re, shutil, signal, socket, subprocess, sys, threading, time
+import gc, hashlib, itertools, json, logging, os, re, shutil, signal, socket, subprocess, sys, threading, time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -12,6 +12,7 @@ from devsky_nb.errors import DevSkyyError, InsufficientMemoryError, MLError, Mod
 from devsky_nb.hub.locate import locate_model
 from devsky_nb.hub import registry as registry_module
 from devsky_nb.hub.models import edit_lock, find_spec, load_lock, ModelSpec
+from devsky_nb.hub.pins import last_used
 from devsky_nb.hub.registry import default_registry, load_model, ModelRegistry, registry_for
 from devsky_nb.hub.weights import expected_bytes, model_bytes, networks
 from hubcache import blob_name, make_repo
@@ -118,6 +119,33 @@ def test_a_small_model_is_offered_of_the_kind_that_is_missing(name, small, tmp_p
 def test_a_file_of_weights_is_no_model_and_what_to_do_with_it_is_said(name, says, tmp_path):
     with pytest.raises(ValidationError) as e: locate_model(name, tmp_path, offline=True)
     assert says in str(e.value)
+
+
+@pytest.mark.parametrize("of_transformers, of_the_hub", list(itertools.product([True, False], repeat=2)))
+def test_a_load_leaves_the_libraries_as_they_were(of_transformers, of_the_hub, tmp_path, monkeypatch):
+    import torch
+    from huggingface_hub.utils import are_progress_bars_disabled, tqdm as bars
+    from transformers.utils import logging as messages
+    monkeypatch.setattr(messages, "_tqdm_active", of_transformers)
+    monkeypatch.setitem(sys.modules[bars.__module__].progress_bar_states, "_global", of_the_hub)
+    log = logging.getLogger("transformers")
+    def state(): return (messages.is_progress_bar_enabled(), not are_progress_bars_disabled(), log.handlers[:], log.level,
+                         log.propagate, torch.get_default_dtype())
+    damaged = Path(shutil.copytree(TINY, tmp_path / "damaged"))
+    (damaged / "model.safetensors").write_bytes(FILES["model.safetensors"][:1000])
+    before = state()
+    assert before[:2] == (of_transformers, of_the_hub)
+    load_model("tiny-clip", "cpu", registry=ModelRegistry(tmp_path / "cache"))
+    with pytest.raises(ModelLoadError): load_model(damaged, "cpu", registry=ModelRegistry(tmp_path / "cache"))
+    assert state() == before
+
+
+def test_a_revision_that_is_asked_for_counts_as_used(shop):
+    assert last_used(shop) == {}
+    make_registry(shop).locate("clip", revision=OLD)
+    assert set(last_used(shop)) == {("shop/clip", OLD)}
+    locate_model("shop/other", shop, offline=True)
+    assert set(last_used(shop)) == {("shop/clip", OLD), ("shop/other", OLD)}
 
 
 def test_a_folder_beside_us_does_not_hide_a_known_model(tmp_path, monkeypatch):
