@@ -7,7 +7,7 @@ __all__ = []
 
 # %% ../../nbs/diffusion/11_arguments.ipynb #fdead6a1
 import copy, inspect, secrets, threading
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, TYPE_CHECKING
@@ -66,16 +66,19 @@ INSTEAD = {"generator": "seed=, which is kept in the image", "latents": "seed=, 
 INSTEAD |= dict.fromkeys(("image", "mask_image", "strength", "fit"),
                          "PipelineGenerator, which takes image=, mask_image= and strength=: this one draws from texts")
 
+def keyword_hint(name: str, known: Collection[str]) -> str:
+    "What may have been meant by a keyword that there is not."
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}=?" if near else f"there are {', '.join(known)}"
+
 def refuse_unknown(given: dict[str, object],  # keywords that the call does not know
-                   known: Iterable[str],  # those that it knows
+                   known: Collection[str],  # those that it knows
                    ) -> None:
     "Refuse keywords, with what was meant."
     for name in given:
         details = {"argument": name, "known": list(known)}
         if name in INSTEAD: raise ValidationError(f"there is no {name}= here: use {INSTEAD[name]}", details=details)
-        near = get_close_matches(name, details["known"], n=1)
-        hint = f"did you mean {near[0]}=?" if near else f"there are {', '.join(details['known'])}"
-        raise ValidationError(f"there is no {name}= here: {hint}", details=details)
+        raise ValidationError(f"there is no {name}= here: {keyword_hint(name, known)}", details=details)
 
 # %% ../../nbs/diffusion/11_arguments.ipynb #b58c1e0a
 _COPIES: "WeakKeyDictionary[PreTrainedTokenizerBase, tuple[int, PreTrainedTokenizerBase]]" = WeakKeyDictionary()

@@ -6,6 +6,7 @@
 __all__ = []
 
 # %% ../../nbs/diffusion/02_backends.ipynb #19b00003
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
@@ -35,14 +36,12 @@ def check_label(label: str, backend: str) -> None:
 def label_settings(label: str,  # one of `FORMATS[backend]`
                    backend: str,
                    dtype: "torch.dtype",  # of the pipeline
-                   skip: tuple[str, ...] = (),  # names of modules to leave alone
                    ) -> dict:
     "The settings of a format for one network."
     check_label(label, backend)
-    if backend != "bitsandbytes": return {"backend": backend, "format": label, "modules_to_not_convert": list(skip)}
+    if backend != "bitsandbytes": return {"backend": backend, "format": label, "modules_to_not_convert": []}
     quant_type, _, double = label.partition("-")
-    settings = bnb_settings(label != "int8", double == "dq", "nf4" if label == "int8" else quant_type, dtype)
-    return settings | ({"llm_int8_skip_modules": list(skip)} if skip else {})
+    return bnb_settings(label != "int8", double == "dq", "nf4" if label == "int8" else quant_type, dtype)
 
 def file_settings(file: str | Path) -> dict:  # of a GGUF file
     "The settings for a network whose weights lie in a GGUF file."
@@ -135,7 +134,8 @@ def load_cast(cls: Any,
     import torch
     from diffusers.hooks.layerwise_casting import DEFAULT_SKIP_MODULES_PATTERN
     network: Any = load_part(cls, part, dtype, device, **variant)
-    spared = (*DEFAULT_SKIP_MODULES_PATTERN, *settings["modules_to_not_convert"])  # diffusers drops its own for ours
+    own = (f"^{re.escape(name)}$" for name in settings["modules_to_not_convert"])
+    spared = (*DEFAULT_SKIP_MODULES_PATTERN, *own)  # diffusers would drop its own for ours
     network.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=dtype, skip_modules_pattern=spared)
     return network
 

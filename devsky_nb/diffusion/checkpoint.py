@@ -15,7 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from .._core import format_bytes, is_integer, read_json, require, sync
+from .._core import check_path, format_bytes, is_integer, read_json, require, sync
 from ..device import check_device, dtype_name, is_out_of_memory, release_traceback
 from .backends import FORMATS
 from .load import (bring, check_pipeline_dtype, load_failure, LoadReport, LoadRequest, PartReport,
@@ -26,7 +26,7 @@ from .quantization import (config_settings, crashing_layers, empty_network, quan
                            repacks)
 from ..errors import (DevSkyyError, FileNotFoundError, InsufficientMemoryError, MLError, ModelLoadError,
                       ValidationError)
-from ..hub.cache import MANIFEST
+from ..hub.cache import folder_size, MANIFEST
 from ..hub.configs import check_configs
 from ..hub.load import load_part, load_pipeline, part_class, quiet
 from ..hub.settings import quantized_cache
@@ -307,7 +307,7 @@ def save_quantized(pipeline: "DiffusionPipeline",  # from one of the loaders
         MLError: the folder cannot be written.
         ModelLoadError: the kept checkpoint that would be copied is damaged.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = check_path("folder", folder).expanduser().absolute()
     report = getattr(pipeline, "load_report", None)
     details = {"folder": str(folder)}
     if not isinstance(report, LoadReport) or not any(part.layers for part in report.parts):
@@ -393,7 +393,7 @@ def load_quantized(folder: str | Path,  # as `save_quantized` wrote it
         DevSkyyError: diffusers, bitsandbytes or accelerate is not installed.
     """
     require("diffusers", "bitsandbytes", "accelerate")
-    folder = Path(folder).expanduser().absolute()
+    folder = check_path("folder", folder).expanduser().absolute()
     device = check_device(device)
     if not os.path.lexists(folder):
         raise FileNotFoundError(f"no folder {str(folder)!r}", details={"folder": str(folder)})
@@ -458,6 +458,5 @@ def to_cache(pipeline: "DiffusionPipeline",
         pipeline.load_report.warnings.append(f"the quantized weights could not be kept in {folder.parent}: {reason}")
         return
     pipeline.load_report.checkpoint = str(folder)
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     log.info("a quantized copy of %s is kept as %s: %s. devsky cache lists and removes such copies",
-             request.model, folder.name, format_bytes(size))
+             request.model, folder.name, format_bytes(folder_size(folder)))

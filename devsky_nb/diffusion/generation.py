@@ -238,10 +238,14 @@ class PipelineGenerator:
                  revision: str | None = None,  # commit, branch or tag; None: as the registry says
                  **mistaken: Any,  # keywords that other libraries take: refused with the call that works
                  ):
-        refuse_mistaken(mistaken)
+        refuse_mistaken(mistaken, PipelineGenerator)
         if (model is None) == (pipeline is None):
             raise ValidationError("name a model, or give a pipeline that is loaded already: one of the two",
                                   details={"model": model and str(model)})
+        if pipeline is not None:
+            refuse_loading(quantize=None if quantize == "nf4-dq" else quantize,
+                           backend=None if backend == "bitsandbytes" else backend)
+
         def settings_for(folder: Path, dtype: "torch.dtype") -> dict[str, dict]:
             return settings_by_component(quantize, backend, folder, dtype)
 
@@ -915,7 +919,7 @@ class QuantizedSDXLGenerator(PipelineGenerator):
                  revision: str | None = None,  # commit, branch or tag; None: as the registry says
                  **mistaken: Any,  # keywords that other libraries take: refused with the call that works
                  ):
-        refuse_mistaken(mistaken)
+        refuse_mistaken(mistaken, QuantizedSDXLGenerator)
         flags = {"use_quantization": use_quantization, "use_4bit": use_4bit, "double_quant": double_quant}
         for name, value in flags.items(): check_flag(name, value)
 

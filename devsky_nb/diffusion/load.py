@@ -46,7 +46,7 @@ class PartReport:
     kind: str  # its class
     precision: str  # "nf4-dq", "int8", "float32"…
     layers: int  # in 8 or 4 bits
-    left_alone: list[str]  # linear layers that this processor would crash on
+    left_alone: list[str]  # linear layers that cannot run in fewer bits here
     bytes_before: int  # of the weights, in the pipeline's number format
     bytes_after: int
 
@@ -95,7 +95,7 @@ class LoadReport:
         for part in self.parts:
             if not part.left_alone: continue
             notes.append(f"{part.name}: {format_count(len(part.left_alone), 'layer')} left alone, such as "
-                         f"{part.left_alone[0]}: this processor would crash in 4 bits")
+                         f"{part.left_alone[0]}: in fewer bits they cannot run here")
         return notes + self.warnings
 
     def __repr__(self) -> str:

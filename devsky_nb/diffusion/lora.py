@@ -257,8 +257,8 @@ def check_taken(pipeline: Any, adapter: str, counts: Mapping[str, int]) -> None:
         layers = adapter_layers(getattr(pipeline, name))
         taken = sum(len(adapter_tensors(layer, adapter)) for layer in layers)
         if taken == counts.get(name, 0): continue
-        raise refused_lora(pipeline, f"{name} has taken {taken:,} of its {counts.get(name, 0):,} tensors: it is for a model "
-                           "with other layers, or not whole")
+        raise refused_lora(pipeline, f"the file has {counts.get(name, 0):,} tensors for {name}, and there {taken:,} would count: "
+                           "it is for a model with other layers, or not whole")
 
 def uncast(pipeline: Any, adapter: str, tensors: "Mapping[str, torch.Tensor]", instead: Mapping[str, str]) -> None:
     "Give an adapter its own numbers where peft has cast them to a layer's 8 bits."
@@ -358,6 +358,9 @@ def check_pipeline(pipeline: Any) -> None:
         name = f"{str(pipeline)!r:.200}"
         raise ValidationError(f"expected a pipeline, and {name} names a model: pipeline = load_quantized_pipeline({name}), "
                               "then load_lora(pipeline, file)", details={"pipeline": name})
+    if hasattr(kind, "load_lora") and hasattr(kind, "unload_lora"):
+        raise ValidationError(f"a {kind.__name__} has LoRAs of its own: generator.load_lora(file), generator.unload_lora()",
+                              details={"pipeline": kind.__name__})
     if not (hasattr(kind, "load_lora_weights") and hasattr(kind, "_lora_loadable_modules")):
         raise ValidationError(f"diffusers loads no LoRA into a {kind.__name__}", details={"pipeline": kind.__name__})
     layers: list[Any] = [layer for network in networks(pipeline) for layer in network.modules()]

@@ -18,7 +18,8 @@ from typing import Any, TYPE_CHECKING, TypeGuard
 from .._core import check_choice, read_json, require
 from ..device import dtype_name
 from .backends import load_by_backend, of_diffusers, stored_bits
-from .quantization import crashing_layers, empty_network, is_quantized, keep_whole
+from .quantization import (bypassed_layers, crashing_layers, empty_network, is_quantized,
+                           keep_whole)
 from ..errors import ModelLoadError, ValidationError
 from ..hub.load import load_errors, load_part, part_class, pipeline_class, quiet
 from ..hub.weights import networks, read_index, weight_files, weights_variant
@@ -102,16 +103,17 @@ def check_fits(network: "torch.nn.Module", structure: "torch.nn.Module", part: P
                          details={"folder": str(part), "problem": problem})
 
 # %% ../../nbs/diffusion/03_networks.ipynb #2a30b126
-def without_crashing(settings: dict,
-                     structure: "torch.nn.Module",
-                     crashing: list[str],  # names of layers
-                     by_diffusers: bool,
-                     ) -> dict:
+def leave_alone(settings: dict,
+                structure: "torch.nn.Module",
+                layers: list[str],  # whole names
+                by_diffusers: bool,
+                ) -> dict:
     "Settings that leave some layers alone, besides those that the library leaves alone anyway."
-    if not crashing: return settings
+    if not layers: return settings
+    if "backend" in settings: return settings | {"modules_to_not_convert": layers}
     from transformers.quantizers.base import get_keys_to_not_convert
     usual = [] if by_diffusers else get_keys_to_not_convert(structure)
-    return settings | {"llm_int8_skip_modules": [*(settings.get("llm_int8_skip_modules") or usual), *crashing]}
+    return settings | {"llm_int8_skip_modules": [*(settings.get("llm_int8_skip_modules") or usual), *layers]}
 
 def is_cuda(device: str) -> bool:
     "Whether a device is one of CUDA's."
@@ -156,14 +158,14 @@ def load_network(part: Path,
         check_fits(network, structure, part)
         return network, []
     by_diffusers = of_diffusers(cls)
-    crashing = crashing_layers(structure, settings, device)
-    settings = without_crashing(settings, structure, crashing, by_diffusers)
+    left_alone = list(dict.fromkeys(bypassed_layers(structure) + crashing_layers(structure, settings, device)))
+    settings = leave_alone(settings, structure, left_alone, by_diffusers)
     library = diffusers if by_diffusers else transformers
     config = library.BitsAndBytesConfig(**settings)
     if by_diffusers and not is_cuda(device): network = load_on_cpu(part, dtype, settings)
     else: network = load_packed(cls, part, dtype, device, quantization_config=config, **variant)
     check_fits(network, structure, part)
-    return network, crashing
+    return network, left_alone
 
 # %% ../../nbs/diffusion/03_networks.ipynb #5c3119c4
 def is_repacked(weight: Any) -> bool:

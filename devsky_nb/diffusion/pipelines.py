@@ -6,29 +6,31 @@
 __all__ = ['load_quantized_pipeline']
 
 # %% ../../nbs/diffusion/07_pipelines.ipynb #19000042
-import time
-from collections.abc import Mapping
+import inspect, time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from .._core import check_choice, check_flag, parse_bytes, require
 from ..device import check_device, dtype_name
-from .backends import file_settings, FORMATS, label_settings
+from .arguments import keyword_hint
+from .backends import file_settings, FORMATS, label_settings, of_diffusers
 from .checkpoint import checkpoint_folder, from_cache, to_cache
 from .load import (build_or_fall_back, check_memory, check_pipeline_dtype, default_components,
                    find_pipeline, LoadReport, make_request, peak_warning)
-from .quantization import check_parts, check_pipeline_call, check_settings, config_settings
+from .networks import leave_alone
+from .quantization import (check_parts, check_pipeline_call, check_settings, config_settings,
+                           empty_network, SETTINGS)
 from ..errors import ValidationError
-from ..hub.load import quiet
+from ..hub.load import part_class, quiet
 from ..hub.registry import ModelRegistry, registry_for
-from ..hub.weights import read_index, weight_folders
+from ..hub.weights import weight_folders
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 
 # %% ../../nbs/diffusion/07_pipelines.ipynb #19000045
-OPTIONS = ("dtype", "vae", "fallback", "quantize_once", "budget", "cache_dir", "offline", "registry", "revision")
 MEANT = {"torch_dtype": "torch_dtype= has become dtype=, such as dtype=torch.float16",
          "device_map": "there is no device_map=: device= says where to compute, and load_quantized_pipeline(..., offload=True) "
                        "has networks wait in main memory",
@@ -38,14 +40,20 @@ MEANT = {"torch_dtype": "torch_dtype= has become dtype=, such as dtype=torch.flo
          "custom_pipeline": "there is no custom_pipeline=: code of a model is never run",
          "low_cpu_mem_usage": "there is no low_cpu_mem_usage=: it is always so"}
 
-def refuse_mistaken(options: dict[str, Any]) -> None:
-    "Refuse keywords that the loaders do not know, with the call that was meant."
+def refuse_mistaken(options: dict[str, Any], call: Callable[..., Any]) -> None:
+    "Refuse keywords that a loader does not know, with the call that was meant."
     if not options: return
+    known = [name for name in inspect.signature(call).parameters if name != "mistaken"]
+    details = {"options": list(options), "known": known}
+    flags = [name for name in options if name in (*SETTINGS, "quantization_config")]
+    if flags and "backend" in known:  # of the calls for any pipeline
+        given = options | config_settings(options.get("quantization_config"))
+        label = "int8" if given.get("load_in_8bit") else "nf4-dq"
+        raise ValidationError(f"{', '.join(flags)}: that is for one network, and a pipeline of diffusers ignores flags. "
+                              f"The call that quantizes is\n{call.__name__}(model, quantize={label!r})", details=details)
     check_pipeline_call(**options)
-    details = {"options": list(options)}
     for name in options:
-        if name in MEANT: raise ValidationError(MEANT[name], details=details)
-    raise ValidationError(f"unknown options {', '.join(options)}: there are {', '.join(OPTIONS)}", details=details)
+        raise ValidationError(MEANT.get(name, f"there is no {name}= here: {keyword_hint(name, known)}"), details=details)
 
 def load_with_settings(model_id: str | Path,  # alias, "org/name" or folder
                        device: str | None = None,  # None: the best there is
@@ -68,7 +76,7 @@ def load_with_settings(model_id: str | Path,  # alias, "org/name" or folder
                        ) -> "DiffusionPipeline":  # with a `load_report`
     "Load a pipeline, quantized or not."
     require("diffusers", "accelerate")
-    refuse_mistaken(mistaken)
+    refuse_mistaken(mistaken, load_with_settings)
     for name, value in (("fallback", fallback), ("quantize_once", quantize_once)): check_flag(name, value)
     limit = None if budget is None else parse_bytes(budget)
     registry = registry_for(registry, cache_dir, offline)
@@ -104,11 +112,10 @@ def check_names(names: object) -> tuple[str, ...]:
 def own_settings(value: Any,  # short name, configuration of bitsandbytes, settings, or GGUF file
                  backend: str,
                  dtype: "torch.dtype",
-                 skip: tuple[str, ...],
                  ) -> dict:
     "The settings of one network, from whatever says them."
     if isinstance(value, Path) or (isinstance(value, str) and value.endswith(".gguf")): return file_settings(value)
-    if isinstance(value, str): return label_settings(value, backend, dtype, skip)
+    if isinstance(value, str): return label_settings(value, backend, dtype)
     if isinstance(value, dict):
         check_settings(value)
         return value
@@ -120,7 +127,6 @@ def settings_by_component(quantize: Quantize,
                           backend: str,
                           folder: Path,
                           dtype: "torch.dtype",
-                          skip: tuple[str, ...] = (),
                           ) -> dict[str, dict]:
     "What is to be quantized, and how."
     check_choice("backend", backend, FORMATS)
@@ -129,9 +135,9 @@ def settings_by_component(quantize: Quantize,
         raise ValidationError(f"backend={backend!r} does nothing without quantize=, one of {', '.join(FORMATS[backend])}",
                               details={"backend": backend})
     if isinstance(quantize, str):
-        settings = label_settings(quantize, backend, dtype, skip)
+        settings = label_settings(quantize, backend, dtype)
         chosen = default_components(folder, dtype)
-        if backend == "layerwise": chosen = [name for name in chosen if is_of_diffusers(folder, name)]
+        if backend == "layerwise": chosen = [name for name in chosen if of_diffusers(part_class(folder / name))]
         return dict.fromkeys(chosen, settings)
     if config_settings(quantize):
         raise ValidationError(f"a {type(quantize).__name__} is for one network: say for which, as in "
@@ -139,13 +145,37 @@ def settings_by_component(quantize: Quantize,
     if not isinstance(quantize, Mapping):
         raise ValidationError(f"quantize={quantize!r:.60}: expected one of {', '.join(FORMATS[backend])}, a dictionary of "
                               "networks, or None", details={"given": repr(quantize)[:60]})
-    asked = {name: value for name, value in quantize.items() if value is not None}
-    check_parts(list(quantize), [part.name for part in weight_folders(folder)])
-    return {name: own_settings(value, backend, dtype, skip) for name, value in asked.items()}
+    available = [part.name for part in weight_folders(folder)]
+    if not quantize:
+        raise ValidationError(f"quantize={{}} names no network: name them ({', '.join(available)}), or give None to load all "
+                              "as they are", details={"available": available})
+    check_parts(list(quantize), available)
+    return {name: own_settings(value, backend, dtype) for name, value in quantize.items() if value is not None}
 
-def is_of_diffusers(folder: Path, name: str) -> bool:
-    "Whether a network of a pipeline is one of diffusers."
-    return read_index(folder)[name][0] == "diffusers"
+def layers_called(names: tuple[str, ...], structure: "torch.nn.Module") -> dict[str, list[str]]:  # whole names, by name
+    "The layers that have a name somewhere in their path."
+    layers = [path for path, layer in structure.named_modules() if list(layer.parameters(recurse=False))]
+    return {name: [path for path in layers if f".{name}." in f".{path}."] for name in names}
+
+def spare_layers(settings: dict[str, dict],  # by network
+                 folder: Path,
+                 names: tuple[str, ...],
+                 ) -> dict[str, dict]:
+    "Settings that leave layers alone, by their whole names: of a part of one, each library makes something else."
+    if not names: return settings
+    found: set[str] = set()
+    spared = dict(settings)
+    for part, own in settings.items():
+        if own.get("backend") == "gguf": continue  # it is quantized already
+        structure = empty_network(folder / part)
+        called = layers_called(names, structure)
+        found |= {name for name, layers in called.items() if layers}
+        layers = list(dict.fromkeys(path for paths in called.values() for path in paths))
+        spared[part] = leave_alone(own, structure, layers, of_diffusers(part_class(folder / part)))
+    lost = next((name for name in names if name not in found), None)
+    if lost is None: return spared
+    raise ValidationError(f"modules_to_not_convert: nothing that is quantized has a layer {lost!r}, or one inside a module of "
+                          "that name", details={"name": lost, "networks": list(settings)})
 
 # %% ../../nbs/diffusion/07_pipelines.ipynb #1900004b
 def load_quantized_pipeline(
@@ -156,7 +186,7 @@ def load_quantized_pipeline(
     dtype: "torch.dtype | None" = None,  # None: as `default_dtype(device)` says
     fallback: bool = True,  # as it is, if quantization fails
     *,
-    modules_to_not_convert: tuple[str, ...] = (),  # names of layers, or parts of names, to leave alone
+    modules_to_not_convert: tuple[str, ...] = (),  # layers to leave alone: names, or whole parts of their paths
     vae: str = "auto",  # how an AutoencoderKL decodes: "auto", "upcast", "fp32", "fp16-fix"
     offload: bool = False,  # networks wait in main memory, and come to the device for their turn
     quantize_once: bool = True,  # keep what bitsandbytes has quantized, and use what is kept
@@ -181,7 +211,7 @@ def load_quantized_pipeline(
         device: None: the best there is
         dtype: None: as `default_dtype(device)` says
         fallback: as it is, if quantization fails
-        modules_to_not_convert: names of layers, or parts of names, to leave alone
+        modules_to_not_convert: layers to leave alone: names, or whole parts of their paths
         vae: how an AutoencoderKL decodes: "auto", "upcast", "fp32", "fp16-fix"
         offload: networks wait in main memory, and come to the device for their turn
         quantize_once: keep what bitsandbytes has quantized, and use what is kept
@@ -204,13 +234,14 @@ def load_quantized_pipeline(
         DevSkyyError: a package is not installed.
     """
     require("diffusers", "accelerate")
-    refuse_mistaken(mistaken)
+    refuse_mistaken(mistaken, load_quantized_pipeline)
     check_flag("offload", offload)
     device = check_device(device)
     dtype = check_pipeline_dtype(dtype, device)
     registry = registry_for(registry, cache_dir, offline)
     folder = find_pipeline(model, registry, revision)
-    settings = settings_by_component(quantize, backend, folder, dtype, check_names(modules_to_not_convert))
+    names = check_names(modules_to_not_convert)
+    settings = spare_layers(settings_by_component(quantize, backend, folder, dtype), folder, names)
     asked = {"quantize": quantize if isinstance(quantize, str) else sorted(settings), "backend": backend}
     return load_with_settings(model, device, quantize=settings, dtype=dtype, vae=vae, fallback=fallback, offload=offload,
                               quantize_once=quantize_once, budget=budget, registry=registry, revision=revision, asked=asked)

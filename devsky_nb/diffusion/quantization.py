@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any, TYPE_CHECKING
 
-from .._core import require
+from .._core import check_flag, require
 from ..errors import ValidationError
 from ..hub.load import build_network, check_proportions, part_class, quiet
 
@@ -34,6 +34,7 @@ def bnb_settings(use_4bit: bool = True,  # False: 8 bits
                  ) -> dict:  # keyword arguments of BitsAndBytesConfig
     "The settings of bitsandbytes, all of those that matter stated."
     import torch
+    for name, value in (("use_4bit", use_4bit), ("double_quant", double_quant)): check_flag(name, value)
     if quant_type not in ("nf4", "fp4"):
         raise ValidationError(f"quant_type={quant_type!r}: expected 'nf4' or 'fp4'", details={"quant_type": quant_type})
     if not use_4bit: return {"load_in_8bit": True}
@@ -48,19 +49,22 @@ def settings_label(settings: dict) -> str:  # "nf4-dq", "nf4", "fp4-dq", "fp4", 
     return settings.get("bnb_4bit_quant_type", "fp4") + double
 
 # %% ../../nbs/diffusion/01_quantization.ipynb #01dc0001
+def corrected_settings(settings: dict) -> str:
+    "The settings that were meant, for one network."
+    dtype = settings.get("bnb_4bit_compute_dtype") or "torch.float16"
+    if settings.get("load_in_8bit") and not settings.get("load_in_4bit"): return '{"load_in_8bit": True}'
+    return ('{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", '
+            f'"bnb_4bit_compute_dtype": {dtype}, "bnb_4bit_use_double_quant": True}}')
+
 def corrected_call(settings: dict) -> str:
     "The call that quantizes a pipeline."
-    four_bits = bool(settings.get("load_in_4bit")) or not settings.get("load_in_8bit")
-    backend = "bitsandbytes_4bit" if four_bits else "bitsandbytes_8bit"
+    kwargs = corrected_settings(settings)
+    backend = "bitsandbytes_4bit" if "load_in_4bit" in kwargs else "bitsandbytes_8bit"
     dtype = settings.get("bnb_4bit_compute_dtype") or "torch.float16"
-    kwargs = '"load_in_8bit": True'
-    if four_bits:
-        kwargs = ('"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", '
-                  f'"bnb_4bit_compute_dtype": {dtype}, "bnb_4bit_use_double_quant": True')
     return (f"StableDiffusionXLPipeline.from_pretrained(model, dtype={dtype}, "
             "quantization_config=PipelineQuantizationConfig(\n"
             f'    quant_backend="{backend}", components_to_quantize={list(PARTS)},\n'
-            f"    quant_kwargs={{{kwargs}}}))")
+            f"    quant_kwargs={kwargs}))")
 
 # %% ../../nbs/diffusion/01_quantization.ipynb #a21dae4b
 FLAGS = {"bitsandbytes_4bit": "load_in_4bit", "bitsandbytes_8bit": "load_in_8bit"}  # by quant_backend
@@ -79,13 +83,14 @@ def contradiction(settings: dict, backend: str | None) -> str | None:  # in word
     return f"unknown settings {', '.join(unknown)}" if unknown else None
 
 def check_settings(settings: dict,
-                   backend: str | None = None,  # as given to a PipelineQuantizationConfig
+                   backend: str | None = None,  # as given to a PipelineQuantizationConfig; None: they are one network's
                    ) -> None:
     "Refuse settings that do not say clearly how many bits are meant."
     problem = contradiction(settings, backend)
     if problem is None: return
     details = {"quant_backend": backend, "settings": {name: str(value) for name, value in settings.items()}}
-    raise ValidationError(f"{problem}: choose one, as in\n{corrected_call(settings)}", details=details)
+    meant = corrected_settings(settings) if backend is None else corrected_call(settings)
+    raise ValidationError(f"{problem}: choose one, as in\n{meant}", details=details)
 
 # %% ../../nbs/diffusion/01_quantization.ipynb #924d3877
 def config_settings(config: object) -> dict:  # of a BitsAndBytesConfig, transformers' or diffusers'
@@ -265,6 +270,16 @@ def repacks() -> bool:
     "Whether bitsandbytes repacks 4-bit weights on this processor."
     from bitsandbytes.functional import has_avx512bf16
     return bool(has_avx512bf16())
+
+READERS = ("MultiheadAttention", "HunyuanDiTAttentionPool")  # modules that multiply with their layers' weights themselves
+
+def bypassed_layers(network: "torch.nn.Module") -> list[str]:  # names
+    "The linear layers that are never called, because another module reads their weights."
+    import torch
+    readers = {name: module for name, module in network.named_modules() if type(module).__name__ in READERS}
+    layers = [f"{name}.{child}" for name, module in readers.items() for child, layer in module.named_children()
+              if isinstance(layer, torch.nn.Linear)]
+    return [name.removeprefix(".") for name in layers]
 
 def crashing_layers(network: "torch.nn.Module",
                     settings: dict,

@@ -9,7 +9,7 @@ __all__ = ['load_sdxl_pipeline_with_quantization_v1', 'load_sdxl_pipeline_with_q
 from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
-from .._core import require
+from .._core import check_flag, require
 from ..device import check_device
 from .load import check_pipeline_dtype
 from .pipelines import load_with_settings, refuse_mistaken
@@ -77,7 +77,7 @@ def load_sdxl_pipeline_with_quantization_v1(
         DevSkyyError: diffusers, bitsandbytes or accelerate is not installed.
     """
     require("diffusers", "bitsandbytes", "accelerate")
-    refuse_mistaken(mistaken)
+    refuse_mistaken(mistaken, load_sdxl_pipeline_with_quantization_v1)
     with quiet("transformers", "diffusers"): from diffusers import PipelineQuantizationConfig
     config = quantization_config
     if config is None:
@@ -163,7 +163,9 @@ def load_sdxl_pipeline_with_quantization_v2(
         DevSkyyError: diffusers, bitsandbytes or accelerate is not installed.
     """
     require("diffusers", "bitsandbytes", "accelerate")
-    refuse_mistaken(mistaken)
+    refuse_mistaken(mistaken, load_sdxl_pipeline_with_quantization_v2)
+    flags = {"quantize_unet": quantize_unet, "quantize_text_encoders": quantize_text_encoders}
+    for name, value in flags.items(): check_flag(name, value)
     wanted = {"unet": quantize_unet, "text_encoder": quantize_text_encoders, "text_encoder_2": quantize_text_encoders}
     compute_dtype = check_pipeline_dtype(dtype, check_device(device))
     own = bnb_settings(use_4bit, double_quant, compute_dtype=compute_dtype)

@@ -25,7 +25,7 @@ from devsky_nb.hub import weights
 from devsky_nb.hub.cache import MANIFEST
 from devsky_nb.hub.load import quiet
 from devsky_nb.hub.locate import locate_model
-from devsky_nb.hub.registry import load_model, ModelRegistry
+from devsky_nb.hub.registry import ModelRegistry
 
 TINY = locate_model("tiny-sdxl")
 UNET = "unet/diffusion_pytorch_model.safetensors"

@@ -437,6 +437,8 @@ def test_both_generators_share_an_sdxl(tmp_path):
 
 
 @pytest.mark.parametrize("given, words", [({}, "name a model, or give a pipeline"), ({"pipeline": 3}, "must be a pipeline of diffusers, not int"),
+                                          ({"pipeline": 3, "quantize": "int8"}, "quantize: a loaded pipeline cannot"), ({"pipeline": 3, "backend": "torchao"}, "backend: a loaded"),
+                                          ({"model": "tiny-sdxl", "use_4bit": True}, "there is no use_4bit= here: there are model, quantize"),
                                           ({"model": "tiny-clip"}, "only pipelines of diffusers are loaded here"), ({"model": "x.GGUF"}, "give the file for that network"), ({"model": "tiny-sdxl", "quantize": "int5"}, "nf4-dq"),
                                           ({"model": "tiny-sdxl", "quantize": {"transformer": "nf4"}}, "no network 'transformer'"),
                                           ({"model": "tiny-sdxl", "load_in_4bit": True}, "load_in_4bit"), ({"model": "tiny-sdxl", "low_memory": 1}, "low_memory=1")])

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hubcache import make_repo
 from safetensors.torch import load_file, save_file
-from tiny_pipelines import KINDS, save
+from tiny_pipelines import save
 
-from devsky_nb import _core, load_lora, load_quantized, load_quantized_pipeline, ModelRegistry, save_quantized, unload_lora
+from devsky_nb import _core, load_lora, load_quantized, load_quantized_pipeline, ModelRegistry, PipelineGenerator, save_quantized, unload_lora
 from devsky_nb.diffusion import lora as lora_module
 from devsky_nb.diffusion.lora import adapter_layers, adapter_names, describe_adapters, weights_in_force
 from devsky_nb.diffusion.turns import go_back, is_offloaded, keep_state, OwnLoras, place_networks, undisturbed
@@ -159,7 +159,7 @@ CHANGES = {  # what is changed in a good file, and what the error says
     "whole numbers": (first("unet", "A")(lambda t: t.to(torch.int8)), "no fractions"),
     "other width": (first("text_encoder", "A")(lambda t: t[:, :-1]), "the layer has"), "other height": (first("unet", "B")(lambda t: t[:-1]), "the layer has"),
     "ranks that differ": (first("unet", "A")(lambda t: t[:2]), "do not go with each other"), "no rank": (first("unet", "B")(lambda t: t[:, :0]), "do not go with each other"),
-    "one half": (lambda tensors: dict(list(tensors.items())[:-1]), "has taken|missing"), "only halves": (without("lora_B"), "LoRA cannot be loaded"),
+    "one half": (lambda tensors: dict(list(tensors.items())[:-1]), "would count|missing"), "only halves": (without("lora_B"), "LoRA cannot be loaded"),
     "of another model": (renamed("unet.", "transformer."), "for another model"), "a part of another": (added("transformer.x.lora_A.weight"), "for another model"),
     "layers that are not there": (renamed("attn1", "attn9"), "LoRA cannot be loaded"), "one layer that is not there": (added("unet.mid_block.none.lora_A.weight", torch.ones(4, 4)), "LoRA cannot be loaded"),
     "weights of the network": (added("unet.conv_in.weight"), "LoRA"), "no LoRA": (renamed("lora_", "lara_"), "no LoRA in it"),
@@ -225,6 +225,7 @@ def test_what_is_no_pipeline_and_what_is_no_lora_is_told_what_would_do(tmp_path,
     for mistaken in (lambda: load_lora("tiny-sdxl", tmp_path / "a.safetensors"), lambda: unload_lora("tiny-sdxl")):
         with pytest.raises(ValidationError) as caught: mistaken()
         assert call in caught.value.message
+    with pytest.raises(ValidationError, match="has LoRAs of its own: generator.load_lora"): load_lora(PipelineGenerator.__new__(PipelineGenerator), "a.safetensors")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     registry = ModelRegistry(tmp_path, offline=True)
     for name in ("style", "./style", "a/b/style", "/none/style"):

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tiny_pipelines import KINDS, save
+from tiny_pipelines import KINDS, random_network, save, write_pipeline
 
-from devsky_nb import load_quantized, load_quantized_pipeline, save_quantized
-from devsky_nb.diffusion import backends, load as loading
+from devsky_nb import load_quantized, load_quantized_pipeline, load_sdxl_pipeline_with_quantization_v1, save_quantized
+from devsky_nb.diffusion import load as loading
 from devsky_nb.diffusion.backends import label_settings
+from devsky_nb.diffusion.networks import load_network
 from devsky_nb.diffusion.quantization import is_quantized, quantized_layers
 from devsky_nb.diffusion.small import write_small_pipeline
 from devsky_nb.errors import InsufficientMemoryError, ModelLoadError, ValidationError
@@ -97,6 +98,26 @@ def test_layers_are_left_alone_where_that_was_asked_for(folders, tmp_path):
         assert any(layers.values()) and not any(packed for name, packed in layers.items() if "to_out" in name or name == "proj_out")
 
 
+@pytest.mark.parametrize("backend, quantize", [("bitsandbytes", "int8"), ("layerwise", "fp8")])
+def test_a_name_spares_the_same_layers_whatever_the_library(backend, quantize, folders, tmp_path):
+    names = ("layers.0", "transformer_blocks.0.attn.to_q") if backend == "bitsandbytes" else ("transformer_blocks.0.attn.to_q",)
+    usual, spared = (load(folders("text, FLUX"), tmp_path, quantize, backend, modules_to_not_convert=given, quantize_once=False)
+                     for given in ((), names))
+    for part in ("transformer", "text_encoder"):
+        packed = [{name for name, layer in getattr(pipeline, part).named_modules() if is_quantized(layer)} for pipeline in (usual, spared)]
+        meant = {name for name in packed[0] if any(f".{given}." in f".{name}." for given in names)}
+        assert packed[1] == packed[0] - meant and (meant or not packed[0])
+
+
+def test_layers_whose_weights_are_read_by_others_stay_as_they_are(tmp_path):
+    folder = write_pipeline("HunyuanDiTPipeline", tmp_path / "model") / "transformer"
+    random_network(folder).save_pretrained(folder)
+    network, left_alone = load_network(folder, torch.float32, label_settings("int8", "bitsandbytes", torch.float32), "cpu")
+    pooler = network.time_extra_emb.pooler
+    assert {name.rpartition(".")[2] for name in left_alone} == {"q_proj", "k_proj", "v_proj", "c_proj"} and is_quantized(network.blocks[0].attn1.to_q)
+    assert pooler(torch.ones(1, len(pooler.positional_embedding) - 1, pooler.k_proj.in_features)).isfinite().all()
+
+
 def test_layers_that_casting_spares_are_spared_whatever_else_is(folders, tmp_path):
     kept = {}
     for skip in ((), ("to_out",)):
@@ -161,7 +182,7 @@ WRONG = {
     "unknown format": (lambda f: {"quantize": "int5"}, "nf4-dq"), "unknown backend": (lambda f: {"backend": "hqq"}, "torchao"),
     "format of another backend": (lambda f: {"quantize": "nf4", "backend": "torchao"}, "needs backend='bitsandbytes'"),
     "no such network": (lambda f: {"quantize": {"unet": "nf4"}}, "no network 'unet'"), "no networks": (lambda f: {"quantize": {}}, "name them"),
-    "a number": (lambda f: {"quantize": 4}, "expected one of"), "flags": (lambda f: {"load_in_4bit": True}, "ignores load_in_4bit"),
+    "a number": (lambda f: {"quantize": 4}, "expected one of"), "flags": (lambda f: {"load_in_4bit": True}, "load_in_4bit: that is for one network"),
     "a map of devices": (lambda f: {"device_map": "auto"}, "offload=True"), "code of a model": (lambda f: {"trust_remote_code": True}, "never run"),
     "a configuration for no network": (lambda f: {"quantize": diffusers.BitsAndBytesConfig(load_in_8bit=True)}, "say for which"),
     "old dtype": (lambda f: {"torch_dtype": torch.float16}, "dtype="), "dtype as text": (lambda f: {"dtype": "fp16"}, "torch.float16"),
@@ -170,6 +191,11 @@ WRONG = {
     "SDXL's VAE": (lambda f: {"vae": "fp16-fix"}, "for SDXL"), "no GGUF file": (lambda f: {"quantize": {"transformer": f / "model_index.json"}}, "says nothing|no GGUF"),
     "a missing GGUF file": (lambda f: {"quantize": {"transformer": "none.gguf"}}, "none.gguf"),
     "one name instead of a list": (lambda f: {"modules_to_not_convert": "proj_out"}, "expected a list of names of layers"),
+    "a layer that is nowhere": (lambda f: {"modules_to_not_convert": ("proj_out", "proj_aut")}, "has a layer 'proj_aut'"),
+    "a piece of a name": (lambda f: {"modules_to_not_convert": ("to_",)}, "has a layer 'to_'"), "a pattern": (lambda f: {"modules_to_not_convert": ("(",)}, "has a layer"),
+    "layers of nothing": (lambda f: {"quantize": None, "modules_to_not_convert": ("proj_out",)}, "nothing that is quantized"),
+    "a misspelt keyword": (lambda f: {"modules_to_not_covert": ()}, "did you mean modules_to_not_convert="),
+    "a configuration for all": (lambda f: {"quantization_config": diffusers.BitsAndBytesConfig(load_in_8bit=True)}, r"load_quantized_pipeline\(model, quantize='int8'\)"),
     "a backend among settings": (lambda f: {"quantize": {"transformer": {"backend": "torchao", "load_in_8bit": True}}}, "unknown settings backend"),
     "settings that say nothing": (lambda f: {"quantize": {"transformer": {}}}, "neither load_in_4bit nor load_in_8bit"),
     "a GGUF file for a text encoder": (lambda f: {"quantize": {"text_encoder": gguf_magic(f)}}, "reads no GGUF files for a CLIPTextModel"),
@@ -206,6 +232,8 @@ def test_pipelines_of_others_are_refused(folders, tmp_path):
                                  {"transformer": ["my_code", "Net"]}, {"transformer": ["diffusers", "NoSuchModel"]}]):
         with pytest.raises(ModelLoadError): load(changed(folder, tmp_path / str(n), **entries), tmp_path)
     with pytest.raises(ValidationError, match="no pipeline"): load(folder / "transformer", tmp_path)
+    with pytest.raises(ModelLoadError, match="is a FluxPipeline, and this call is for SDXL alone.* load_quantized_pipeline"):
+        load_sdxl_pipeline_with_quantization_v1(folder, device="cpu", cache_dir=tmp_path / "hub")
 
 
 def test_pickled_weights_are_not_read(folders, tmp_path):

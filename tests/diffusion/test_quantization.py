@@ -12,15 +12,9 @@ import torch
 import transformers
 from bitsandbytes.functional import _convert_weight_packed_for_cpu
 from bitsandbytes.nn.modules import Linear4bit, has_avx512bf16
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    PipelineQuantizationConfig,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import PipelineQuantizationConfig, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel
 from transformers.quantizers import quantizer_bnb_4bit, quantizer_bnb_8bit
 
 from devsky_nb import QuantizedSDXLGenerator
@@ -432,6 +426,10 @@ WRONG = {  # the call; what the message must say: the value, and the remedy
     "dtype of integers": (lambda: load_v2("tiny-sdxl", dtype=torch.int8), ["torch.int8", "torch.float16"]),
     "no such device": (lambda: load_v1("tiny-sdxl", device="cuda:7"), ["'cuda:7'", f"use {detect_device()!r}"]),
     "no such device, v2": (lambda: load_v2("tiny-sdxl", device="tpu"), ["device='tpu': no such device", "'cuda' and its numbers"]),
+    "a text for a flag": (lambda: load_v1("tiny-sdxl", "no"), ["use_4bit='no'", "True or False"]),
+    "a text for a flag, v2": (lambda: load_v2("tiny-sdxl", "no"), ["quantize_unet='no'", "True or False"]),
+    "no folder to read": (lambda: load_quantized(None), ["folder=None", "a path"]),
+    "no folder to write": (lambda: save_quantized(None, "a\0b"), ["folder=", "a path"]),
     "no such vae": (lambda: load_v1("tiny-sdxl", vae="fp8"), ["'fp8'", "fp16-fix"]),
     "upcast from bf16": (lambda: load_v1("tiny-sdxl", vae="upcast", dtype=torch.bfloat16), ["upcast", "vae='fp32'"]),
 }
