@@ -7,9 +7,10 @@ __all__ = []
 
 # %% ../../nbs/memory/14_emitted.ipynb #5a7e170002
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from ..hub.pins import repo_name
 from .adapters import find_ip_adapter
 from .estimate import (
                        decode_itemsize, Estimate, is_flat, pipeline_guidance, Setup, TracedModel)
@@ -109,7 +110,7 @@ def vae_part(script: Script, estimate: Estimate) -> dict[str, str]:  # what `fro
         loaded = f"AutoencoderKL.from_pretrained({arguments(repr(FIXED_VAE), dtype=own_format, use_safetensors=True)})"
         script.need("diffusers", "AutoencoderKL")
     elif vae == "tiny":
-        loaded = f"AutoencoderTiny.from_pretrained({arguments(repr(tiny_vae(model.kind)), dtype=own_format)})"
+        loaded = f"AutoencoderTiny.from_pretrained({arguments(repr(tiny_vae(model.kind)), dtype=own_format, use_safetensors=True)})"
         script.need("diffusers", "AutoencoderTiny")
     elif vae == "fp32" and setup.dtype != "fp32":
         repo, options = weights_source(estimate)
@@ -277,13 +278,21 @@ def drawing_kind(model: TracedModel) -> str:  # a class of diffusers
     if not model.setup.controlnet: return model.kind
     return re.sub("^(StableDiffusion(?:XL|3)?|Flux)", r"\1ControlNet", model.kind)
 
+def control_source(folder: str) -> tuple[str, dict[str, str]]:  # what `from_pretrained` is given
+    "Where a ControlNet's weights come from: of one in the Hub's cache only small files may be there, so its Hub id."
+    snapshot = Path(folder)
+    repo = snapshot.parent.parent
+    is_cached = snapshot.parent.name == "snapshots" and repo.name.startswith("models--")
+    return (repo_name(repo), {"revision": repr(snapshot.name)}) if is_cached else (folder, {})
+
 def control_part(script: Script, estimate: Estimate) -> dict[str, str]:
     "Load a ControlNet that the model does not have by itself."
     setup = estimate.setup
     if not setup.controlnet: return {}
     kind = script.need("diffusers", estimate.traced.networks["controlnet"].kind)
-    source = "controlnet" if setup.controlnet == "own" else setup.controlnet
-    script.lines.append(f"controlnet = {kind}.from_pretrained({arguments(repr(source), dtype=TORCH_DTYPES[setup.dtype])})")
+    source, version = control_source("controlnet" if setup.controlnet == "own" else setup.controlnet)
+    options = version | {"dtype": TORCH_DTYPES[setup.dtype], "use_safetensors": "True"}
+    script.lines.append(f"controlnet = {kind}.from_pretrained({arguments(repr(source), **options)})")
     return {"controlnet": "controlnet"}
 
 def adapter_part(script: Script, model: TracedModel) -> None:

@@ -24,11 +24,10 @@ from ..hub.weights import packed_tensors
 from .adapters import find_ip_adapter, IP_ADAPTER_NAMES
 from .allocator import CachingAllocator, place, replay
 from .configs import find_model, listed_parts, ModelSource, networks_of, pipeline_kind, read_config
-from .inputs import DENOISERS, is_decoder, is_denoiser, latent_factor, OWN_SHAPE, Switches
-from .inputs import Workload
-from .formats import (
-                      check_format, DENOISER_NAMES, FORMATS, is_cast, packs_by_default, QUANTS, tiny_vae)
-from .formats import unpacked_bytes, weight_bytes, weight_format
+from .inputs import (DENOISERS, is_decoder, is_denoiser, latent_factor, OWN_SHAPE, Switches,
+                     Workload)
+from .formats import (check_format, DENOISER_NAMES, is_cast, packs_by_default, QUANTS, tiny_vae,
+                      unpacked_bytes, weight_bytes, weight_format)
 from .margins import configuration_classes, error_margin
 from .offload import (
                       fetched_bytes, group_numbers, host_memory, HostMemory, OFFLOADS, offload_way, pool_bytes)
@@ -36,7 +35,7 @@ from .rehearsal import IMAGES
 from .sources import call_parameters, class_bases, class_file, class_value, has_method
 from .stored import stored_weights, StoredWeights
 from .traces import trace_network, TracedNetwork
-from .tracing import CONV, ENTER, LEAVE, Layer, LINEAR, Trace
+from .tracing import CONV, Layer, LINEAR, Trace
 
 # %% ../../nbs/memory/13_estimate.ipynb #a3ba7499
 ITEMSIZE = {"fp32": 4, "fp16": 2, "bf16": 2}  # bytes of a number
@@ -86,10 +85,10 @@ class Setup:
     "A model and the way it is to be run."
     model: str | Path  # alias, Hub id or folder
     dtype: str = "fp16"  # or "bf16", "fp32"
-    quant: str | None = None  # "int8", "nf4", "nf4-dq", "fp4"
+    quant: str | None = None  # of `QUANTS`; None: in full
     quant_components: tuple[str, ...] | None = None  # None: the denoiser and the text encoders
-    offload: str | None = None  # "model", "sequential", "group" (of layers, fetched ahead)
-    vae: str = "upcast"  # the stock VAE, in fp32 where the pipeline does that; "fp16-fix": never; "fp32": always
+    offload: str | None = None  # of `OFFLOADS`; None: all weights stay on the device
+    vae: str = "upcast"  # the stock VAE, in fp32 where the pipeline does that; "fp16-fix": never; "fp32"; "tiny"
     vae_tiling: bool = False
     vae_slicing: bool = False
     attention: str = "sdpa"  # "math", "sliced"
@@ -144,6 +143,12 @@ def check_setup(setup: Setup) -> Setup:
         raise ValidationError(
             f"quant={setup.quant!r} and no component to quantize: name some, or leave quant_components out",
             details={"quant_components": []})
+    if setup.quant_components and not setup.quant:
+        raise ValidationError("quant_components says what is quantized, and quant= in which format: give both, or neither",
+                              details={"quant_components": list(setup.quant_components)})
+    if setup.card and setup.device != "cuda":
+        raise ValidationError(f"card={setup.card!r} is a generation of CUDA GPUs: on {setup.device} leave it out",
+                              details={"card": setup.card})
     if setup.offload and setup.device != "cuda":
         raise ValidationError(
             f"offload={setup.offload!r} moves weights between a GPU and main memory: on {setup.device} use None",
@@ -317,6 +322,9 @@ def check_components(option: str, asked: Iterable[str], networks: dict[str, Path
     "Refuse components that a model does not have."
     unknown = [name for name in asked if name not in networks]
     if not unknown: return
+    if list(networks) == [""]:
+        raise ValidationError(f"{option}: {model} is a network by itself and has no components: leave {option} out",
+                              details={option: unknown})
     near = get_close_matches(unknown[0], networks, n=1)
     hint = f": did you mean {near[0]!r}?" if near else "."
     raise ValidationError(f"{option}: {model} has no network {unknown[0]!r}{hint} There are {', '.join(networks)}",
@@ -366,6 +374,9 @@ def trace_model(setup: Setup, source: ModelSource) -> TracedModel:
     found = {name: stored_weights(part) for name, part in networks.items()}
     stored = {name: weights for name, weights in found.items() if weights is not None}
     check_unpacked(setup, stored)
+    if setup.controlnet and single:
+        raise ValidationError(f"controlnet: it goes into a pipeline, and {setup.model} is a network by itself",
+                              details={"controlnet": setup.controlnet})
     if setup.ip_adapter: check_ip_adapter(setup, {} if single else networks)
     asked_width, asked_height, frames = asked_size(setup, source.repo)
     width, height = image_size(folder, networks, asked_width, asked_height)
@@ -890,7 +901,7 @@ def host_of(model: TracedModel) -> HostMemory:
 # %% ../../nbs/memory/13_estimate.ipynb #together1
 NEEDS_DENOISER = {
     "compile": "it compiles a denoiser", "fused": "it joins projections of a denoiser", "lora": "it is put into a denoiser",
-    "attention": "it is about the attention of a denoiser"}
+    "attention": "it is about the attention of a denoiser", "guidance": "it is about a denoiser"}
 NEEDS_VAE = ("vae", "vae_tiling", "vae_slicing")
 
 def obstacles(model: TracedModel) -> Iterator[tuple[str, str]]:  # the setting, and why not
@@ -957,15 +968,21 @@ def adapter_form(ip_adapter: str | bool) -> str:  # of `IP_ADAPTER_NAMES`; "": n
 def control_folder(controlnet: str | Path | bool, registry: ModelRegistry | None, fetch: bool) -> str:  # "": none
     "Where a ControlNet's configuration is."
     if isinstance(controlnet, bool): return OWN_SHAPE if controlnet else ""
-    return str(find_model(controlnet, registry, fetch=fetch).folder)
+    folder = find_model(controlnet, registry, fetch=fetch).folder
+    pipeline = pipeline_kind(folder)
+    config = {} if pipeline else read_config(folder / "config.json")
+    if "ControlNet" in str(config.get("_class_name")): return str(folder)
+    kind = pipeline or config.get("_class_name") or config.get("model_type")
+    raise ValidationError(f"controlnet={str(controlnet)!r:.80}: that is a {kind!s:.60}, and no ControlNet",
+                          details={"controlnet": str(controlnet), "found": str(kind)})
 
 # %% ../../nbs/memory/13_estimate.ipynb #b0f80b1b
 def estimate_vram(model: str | Path,  # alias, Hub id or folder; weights are not needed
                   dtype: str = "fp16",  # "fp16", "bf16", "fp32"
-                  quant: str | None = None,  # "int8", "nf4", "nf4-dq", "fp4"; None: not quantized
+                  quant: str | None = None,  # a format such as "int8", "nf4", "torchao-fp8", "gguf-q4_k"; None: in full
                   quant_components: list[str] | None = None,  # None: the denoiser and the text encoders
-                  offload: str | None = None,  # "model", "sequential", "group"; None: all weights stay on the device
-                  vae: str = "upcast",  # "upcast": fp32 where the pipeline does that; "fp16-fix": never; "fp32"
+                  offload: str | None = None,  # "model", "sequential", "group", "group-block-stream" …; None: all stay on the device
+                  vae: str = "upcast",  # "upcast": fp32 where the pipeline does that; "fp16-fix": never; "fp32"; "tiny"
                   vae_tiling: bool = False,  # decode in tiles
                   vae_slicing: bool = False,  # decode image by image
                   attention: str = "sdpa",  # "sdpa", "math", "sliced"
@@ -1001,10 +1018,10 @@ def estimate_vram(model: str | Path,  # alias, Hub id or folder; weights are not
     Args:
         model: alias, Hub id or folder; weights are not needed
         dtype: "fp16", "bf16", "fp32"
-        quant: "int8", "nf4", "nf4-dq", "fp4"; None: not quantized
+        quant: a format such as "int8", "nf4", "torchao-fp8", "gguf-q4_k"; None: in full
         quant_components: None: the denoiser and the text encoders
-        offload: "model", "sequential", "group"; None: all weights stay on the device
-        vae: "upcast": fp32 where the pipeline does that; "fp16-fix": never; "fp32"
+        offload: "model", "sequential", "group", "group-block-stream" …; None: all stay on the device
+        vae: "upcast": fp32 where the pipeline does that; "fp16-fix": never; "fp32"; "tiny"
         vae_tiling: decode in tiles
         vae_slicing: decode image by image
         attention: "sdpa", "math", "sliced"

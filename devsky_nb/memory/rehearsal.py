@@ -9,7 +9,7 @@ __all__ = []
 import inspect, json, re, sys, warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -517,16 +517,23 @@ def in_short(error: Exception) -> str:
 ABOUT = {"width": r"\b(width|height|size|resolution|multiple|divisible)\b", "frames": "frames", "images": r"\bimages?\b",
          "batch": "batch|per_prompt"}  # words in errors of pipelines
 
-def speaks_of_it(error: Exception, workload: Workload) -> bool:
-    "Whether an error is about something that was asked for, and not about an argument that the rehearsal does not know."
-    asked = {"width": workload.width, "frames": workload.frames, "images": workload.images is not None, "batch": workload.batch > 1}
-    return any(asked[name] and re.search(words, str(error), re.IGNORECASE) for name, words in ABOUT.items())
+def asked_of(error: Exception, workload: Workload) -> dict[str, int]:  # empty: it is about something else
+    "What an error is about, of what was asked for."
+    batch = workload.batch if workload.batch > 1 else 0
+    chosen = {"width": workload.width, "frames": workload.frames, "images": workload.images or 0, "batch": batch}
+    named = [name for name, words in ABOUT.items() if re.search(words, str(error), re.IGNORECASE)]
+    about = {name: chosen[name] for name in named if chosen[name]}
+    return {"width": workload.width, "height": workload.height} | about if "width" in about else about
 
-def not_accepted(workload: Workload, error: Exception) -> ValidationError:
+def not_accepted(asked: dict[str, int], error: Exception) -> ValidationError:
     "The error for what a pipeline refuses before it does anything."
-    asked = {name: value for name, value in asdict(workload).items() if name in ("width", "height", "frames") and value}
     said = ", ".join(f"{name}={value}" for name, value in asked.items())
-    return ValidationError(f"{said or 'the pipeline'}: {error}", details=asked, original_error=error)
+    return ValidationError(f"{said}: {error}", details=asked, original_error=error)
+
+def images_refused(folder: Path, images: int, error: Exception) -> ValidationError:
+    "The error for a pipeline that draws from its usual number of images, and not from another."
+    return ValidationError(f"images={images}: a {pipeline_kind(folder)} does not run with so many ({in_short(error)})",
+                           details={"images": images}, original_error=error)
 
 WRONG_NETWORK = "Incorrect configuration settings"  # how a pipeline of diffusers says that a network is another's
 
@@ -553,11 +560,15 @@ def rehearse(folder: Path,  # of a pipeline
         except ValidationError: raise
         except Exception as e:
             at_once = isinstance(e, ValueError) and rehearsal.networks and not rehearsal.turns
-            if at_once and speaks_of_it(e, workload): raise not_accepted(workload, e)
+            asked = asked_of(e, workload)
+            if at_once and asked: raise not_accepted(asked, e)
             if WRONG_NETWORK in str(e):
                 raise ValidationError(f"{folder}: a {pipeline_kind(folder)} does not run with these networks: {in_short(e)}",
                                       details={"folder": str(folder)}, original_error=e) from e
             rehearsal.problem = in_short(e)
+            alone = replace(workload, images=None)
+            if workload.images and not rehearse(folder, alone).problem:
+                raise images_refused(folder, workload.images, e)
     for network in rehearsal.networks.values(): network.__class__ = real_class(network)
     return rehearsal
 

@@ -43,11 +43,14 @@ def stored_weights(part: Path) -> StoredWeights | None:  # None: in full
     file = part / "config.json"
     settings = read_config(file).get("quantization_config")
     if not settings: return None
-    remedy = "Ask for the model in full precision, and with quant= for what it would take"
-    method = settings.get("quant_method", "bitsandbytes") if isinstance(settings, dict) else repr(settings)[:60]
+    remedy = "Plan the model that it was made from, with quant= for what this one would take"
+    if not isinstance(settings, dict):
+        raise ValidationError(f"{file}: quantization_config={settings!r:.60}: expected an object. {remedy}",
+                              details={"file": str(file)})
+    method = str(settings.get("quant_method") or "bitsandbytes")[:60]
     if method != "bitsandbytes":
-        raise ValidationError(f"{file}: weights quantized by {method} are not counted, those of bitsandbytes are. "
-                              f"{remedy}", details={"file": str(file), "method": str(method)})
+        raise ValidationError(f"{file}: its weights are quantized by {method}, and only those of bitsandbytes are counted "
+                              f"as they lie in files. {remedy}", details={"file": str(file), "method": method})
     skipped = settings.get("llm_int8_skip_modules") or []
     try:
         if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):

@@ -7,8 +7,8 @@ __all__ = []
 
 # %% ../../nbs/memory/06_traces.ipynb #f44091c6
 import hashlib, json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, astuple, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, astuple, dataclass, field, fields
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path

@@ -14,7 +14,6 @@ from devsky_nb.hub.load import quiet
 from devsky_nb.memory import adapters
 from devsky_nb.memory.adapters import add_ip_adapter, find_ip_adapter, image_encoder
 from devsky_nb.memory.configs import config_folder, meta_network
-from devsky_nb.memory.emitted import code_of
 from devsky_nb.memory.estimate import network_bytes
 from devsky_nb.memory.inputs import Workload
 from devsky_nb.memory.rehearsal import describe, rehearse

@@ -8,7 +8,7 @@ import pytest, torch
 from diffusers.utils import torch_utils
 from PIL import Image
 
-from devsky_nb import estimate_vram, plan_vram
+from devsky_nb import estimate_vram, ModelRegistry, plan_vram
 from devsky_nb.errors import ValidationError
 from devsky_nb.hub.load import quiet
 from devsky_nb.memory.emitted import code_of
@@ -18,6 +18,7 @@ from devsky_nb.memory.offload import fetched_bytes, group_numbers, OFFLOADS
 from devsky_nb.memory.plan import candidates, PlanOption
 from devsky_nb.memory.tracing import describe_layers, trace_call
 from devsky_nb.memory.wording import settings_in, words_of
+from hubcache import make_repo
 from pretended_gpu import pretended
 from tiny_pipelines import KINDS, save, SIDE
 from written_code import drawn, ON_CPU
@@ -62,6 +63,13 @@ def test_a_model_with_a_controlnet_and_a_lora_is_drawn_with_both(folder_of):
     code = code_of(estimate(folder_of("text, SD"), "text, SD", controlnet=True, lora=8))
     assert "StableDiffusionControlNetPipeline.from_pretrained(" in code and "controlnet=controlnet" in code and "load_lora_weights" in code
     assert 'image=load_image("control.png")' in code
+
+
+def test_a_controlnet_of_the_hub_is_loaded_by_its_name_for_the_cache_may_have_its_small_files_alone(folder_of, tmp_path):
+    config = (folder_of("control image, SD") / "controlnet/config.json").read_bytes()
+    make_repo(tmp_path, "shop/edges", {"a" * 40: {"config.json": config}}, {"main": "a" * 40})
+    code = code_of(estimate(folder_of("text, SD"), "text, SD", controlnet="shop/edges", registry=ModelRegistry(tmp_path, offline=True)))
+    assert f"ControlNetModel.from_pretrained('shop/edges', revision='{'a' * 40}', dtype=torch.float32, use_safetensors=True)" in code
 
 
 def estimate(folder, kind, **settings):

@@ -7,11 +7,10 @@ import pytest
 from devsky_nb import ModelRegistry, ModelSpec, estimate_vram, plan_vram
 from devsky_nb.cli import main
 from devsky_nb.errors import ModelNotFoundError, ValidationError
-from devsky_nb.hub.load import quiet
 from devsky_nb.hub.locate import bundled_folder
 from devsky_nb.hub.models import KNOWN
 from devsky_nb.memory import inputs, traces
-from devsky_nb.memory.configs import CONFIGS, config_folder, find_model, meta
+from devsky_nb.memory.configs import CONFIGS, config_folder, meta
 from devsky_nb.memory.formats import check_format, QUANTS
 from devsky_nb.memory.inputs import Switches, Workload
 from devsky_nb.memory.plan import PlanOption
@@ -105,6 +104,10 @@ def test_a_trace_serves_every_other_configuration(monkeypatch):
     ({"quant_components": 5}, "a list of components"), ({"quant_components": [None]}, "a list of components"),
     ({"quant": "nf4", "quant_components": ["unnet"]}, "did you mean 'unet'"),
     ({"without": "vae"}, "a list of components"), ({"without": ["nsfw"]}, "There are"),
+    ({"quant_components": ["unet"]}, "give both, or neither"), ({"card": "ada", "device": "cpu"}, "on cpu leave it out"),
+    ({"model": "clip-vit-base", "without": ["vae"]}, "is a network by itself"), ({"controlnet": "sdxl-base"}, "a StableDiffusionXLPipeline, and no ControlNet"),
+    ({"controlnet": "clip-vit-base"}, "a clip, and no ControlNet"), ({"model": "clip-vit-base", "controlnet": True}, "goes into a pipeline"),
+    ({"model": "clip-vit-base", "guidance": False}, "about a denoiser, and there is none"),
     ({"without": ["unet", "vae", "text_encoder", "text_encoder_2"]}, "nothing of sdxl-base is left"),
     ({"vae_tiling": "yes"}, "True or False"), ({"guidance": "yes"}, "True or False"), ({"calibration": 1}, "a Calibration"),
     ({"device": "cpu", "offload": "model"}, "on cpu use None"), ({"revision": ""}, "a branch, a tag or a commit"),
@@ -440,6 +443,7 @@ def test_what_cannot_be_counted_is_refused_by_its_name(what, tmp_path):
     for ask in (lambda: estimate_vram(folder), lambda: plan_vram(folder, "24GB"), lambda: estimate_vram(folder / "unet")):
         with pytest.raises(ValidationError) as caught: ask()
         assert "unet" in str(caught.value) and (what not in ("gptq", "torchao", "awq") or what in str(caught.value))
+        assert what not in ("gptq", "torchao", "awq") or "the model that it was made from" in str(caught.value)
 
 
 def as_pipeline(folder, kind):
@@ -543,6 +547,13 @@ def test_frames_of_a_video_are_counted():
     assert (few.traced.frames, many.traced.frames, many.traced.size) == (17, 81, (832, 480))
     assert few.by_phase["denoise"] < many.by_phase["denoise"] and few.by_phase["decode"] < many.by_phase["decode"]
     with pytest.raises(ValidationError, match="would draw one image"): estimate_vram("sdxl-base", frames=9)
+
+
+@SLOW
+@pytest.mark.parametrize("options", [{"model": "sdxl-refiner"}, {"model": "flux1-kontext-dev"}, {"model": "sdxl-base", "controlnet": True}])
+def test_as_many_images_as_a_pipeline_does_not_draw_from_are_refused_and_not_left_out(options):
+    with pytest.raises(ValidationError, match="images=2: "): estimate_vram(**options, images=2)
+    assert not estimate_vram(**options, images=1).traced.lower_bound
 
 
 @SLOW

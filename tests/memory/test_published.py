@@ -93,7 +93,7 @@ def test_weights_are_counted_in_blocks_on_cuda_and_in_numbers_elsewhere():
 
 def test_every_format_is_taken_apart_into_what_it_stores():
     for quant in ACCEPTED_VALUES["quant"]:
-        model = estimate_vram("sdxl-base", "bf16", quant=quant, quant_components=["unet"]).traced
+        model = estimate_vram("sdxl-base", "bf16", quant=quant, quant_components=["unet"] if quant else None).traced
         tensors = [size for layer in tensor_bytes(model, "unet") for size in layer]
         allocator = CachingAllocator()
         blocks = place(tensors, allocator)
