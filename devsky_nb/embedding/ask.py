@@ -6,8 +6,8 @@
 __all__ = ['SearchReport', 'search_images']
 
 # %% ../../nbs/embedding/25_ask.ipynb #3b7b435e
-import json, os
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any

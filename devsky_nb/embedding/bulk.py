@@ -262,7 +262,7 @@ def check_removed(removed: int, earlier: EarlierWork, plan: SourcePlan, out: Pat
     if 2 * removed <= earlier.rows: return
     was_renamed = 2 * known_contents(plan, earlier, policy) >= earlier.rows
     if was_renamed: return
-    message = (f"{str(out)!r} has {format_count(earlier.rows, 'row')}, of which {removed:,} are not among the "
+    message = (f"{str(out)!r} would lose {removed:,} of its {format_count(earlier.rows, 'row')}, not among the "
                f"{format_count(plan.total, 'input')} of this source: was it made of another one? Choose another folder, or "
                "remove them with prune=True; vectors of the same content are used again")
     raise ValidationError(message, details={"out": str(out), "rows": earlier.rows, "removed": removed})

@@ -26,7 +26,7 @@ from .feeding import batch_size_for, decoding_threads, Feed, table_on_device, Un
 from .fidelity import CheckedRunner
 from .open_clip_texts import OpenClipTokenizer
 from .texts import check_template, check_texts, label_texts, TextTokenizer
-from .vectors import as_float32, Runner, TensorRunner
+from .vectors import as_float32, Runner
 from ..errors import DevSkyyError, InsufficientMemoryError, MLError, ModelLoadError, ValidationError
 from ..hub.locate import wanting
 from ..hub.registry import Lease, ModelRegistry, registry_for
@@ -731,6 +731,7 @@ TEXTS_PER_RUN = 256
 
 # %% ../../nbs/embedding/11_embedder.ipynb #5f1a0009
 NOT_COMPUTED = ("timm_model_pretrained", "patch_dropout", "timm_drop", "timm_drop_path", "output_tokens")
+ONLY_LEARNING = "mask_token"  # a weight of DINO and ViT that stands for hidden patches; an image that is embedded has none
 
 def forward_settings(model: Any) -> dict[str, Any]:  # ready for JSON
     "What `forward` reads of a model's configuration, beside what stands in the names and shapes of its weights."
@@ -746,6 +747,7 @@ def hash_tensors(digest: "hashlib._Hash", module: "torch.nn.Module") -> None:
     "Take the weights of a module into a digest: their names, types, shapes and bytes."
     import torch
     for name, weight in sorted(module.state_dict().items()):
+        if name.rpartition(".")[2] == ONLY_LEARNING: continue
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}\n".encode())
         digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 

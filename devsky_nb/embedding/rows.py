@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 from .._core import check_choice, check_count, parse_json
 from .embedder import Batch, ImageEmbedder, Embedded
 from .feeding import decoding_threads, Feed
-from ..errors import DevSkyyError, ValidationError
-from ..images.fetching import fetch_ahead, fetch_key, is_elsewhere, Known, nothing_known
+from ..errors import DevSkyyError
+from ..images.fetching import fetch_ahead, fetch_key, Known, nothing_known
 from ..images.items import Item, read_item
 from ..images.sources import Slice
 

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 from .._core import damaged, read_json, read_text
 from ..errors import ModelLoadError, ValidationError
+from ..hub.load import TOKENIZER_BYTES
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
 # %% ../../nbs/embedding/04_texts.ipynb #7e700006
-TOKENIZER_BYTES = 64 * 2**20  # four times the largest that we know
 AGAIN = "Fetch or save the model again, with its processor"
 
 def no_tokenizer(folder: Path, why: object) -> ModelLoadError:  # to be raised

@@ -7,14 +7,13 @@ __all__ = []
 
 # %% ../../nbs/embedding/22_worker.ipynb #0f100003
 import os, pickle, re, socket, sqlite3
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import __version__
-from .._core import read_text, storage_errors, sync
+from .._core import read_text, storage_errors
 from .dataset import PLAN, POOL, SLICES
 from .embedder import ImageEmbedder
 from .fetched import FETCHED, FetchLog
@@ -29,7 +28,6 @@ from ..hub.locate import bundled_folder
 from ..hub.models import ModelSpec
 from ..hub.registry import ModelRegistry
 from ..hub.settings import hub_cache
-from ..images.items import Item
 from ..images.policy import ImagePolicy
 from ..images.remote import is_address
 from ..images.sources import Slice

@@ -9,7 +9,6 @@ from PIL import Image
 from devsky_nb import CLIPImageEmbedder, embed_images, FolderIndex
 from devsky_nb.embedding.dataset import open_pool, EarlierWork
 from devsky_nb.embedding.pairs import look_alikes
-from devsky_nb.embedding.pool import VectorPool
 from devsky_nb.embedding.rows import embed_slice, embedding_schema
 from devsky_nb.embedding.shards import add_shards, vector_kind, write_shard
 from devsky_nb.embedding.worker import slice_path

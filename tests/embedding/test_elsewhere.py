@@ -1,10 +1,9 @@
 "Jobs over what lies elsewhere or in memory: each source of `devsky embed`, resumed without fetching anything twice."
-import io, json, sys, zipfile
+import io, json, zipfile
 from pathlib import Path
 
 import fsspec, pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from shopserver import Shop, image
 
 from devsky_nb import CLIPImageEmbedder, embed_images

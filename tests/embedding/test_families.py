@@ -175,7 +175,7 @@ CHANGES = {
     "dinov2": {"num_attention_heads": 4, "hidden_act": "relu", "layer_norm_eps": .1},
     "dinov3_vit": {"num_attention_heads": 4, "hidden_act": "relu", "layer_norm_eps": .1, "rope_theta": 7.},
     "vit": {"num_attention_heads": 4, "hidden_act": "relu", "layer_norm_eps": .1}}
-NO_CHANGE = {"initializer_range": .5, "attention_dropout": .5, "drop_path_rate": .3, "attention_probs_dropout_prob": .4}
+NO_CHANGE = {"initializer_range": .5, "use_mask_token": False, "attention_dropout": .5, "drop_path_rate": .3, "attention_probs_dropout_prob": .4}
 
 
 @pytest.mark.parametrize("kind", some(CHANGES, "siglip", "dinov3_vit"))

@@ -1,5 +1,5 @@
 "Images on their way to a GPU, on a pretended one: bytes, pinned, one batch ahead; the CPU's vectors; and nothing on another GPU."
-import gc, io, itertools, threading, time
+import gc, io, itertools, threading
 from dataclasses import replace
 
 import numpy as np, pyarrow.parquet as pq, pytest, torch

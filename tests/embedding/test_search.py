@@ -12,7 +12,7 @@ from devsky_nb.demo.garments import Garment, render_garment
 from devsky_nb.embedding import pairs as pairs_module
 from devsky_nb.embedding.pairs import choose_width, Clusters, DisjointSets, look_alikes, principal_axes, projections, similar_pairs
 from devsky_nb.embedding.precision import apply_receipt, Receipt
-from devsky_nb.embedding.search import check_vectors, cosines, FolderIndex, product_margin, VectorIndex
+from devsky_nb.embedding.search import check_vectors, cosines, FolderIndex, product_margin, proposals, VectorIndex
 
 
 def unit(x, dtype=np.float32):
@@ -130,7 +130,10 @@ def test_neighbours_among_copies_are_the_first_of_them():
 def test_rising_scores_do_not_make_every_row_a_proposal():
     t = np.linspace(1.5, .1, 20_000)
     x = np.stack([np.cos(t), np.sin(t)], 1).astype(np.float32)
-    assert VectorIndex(x).search(np.array([1, 0], np.float32), 3).rows.tolist() == [[19_999, 19_998, 19_997]]
+    query = np.array([[1, 0]], np.float32)
+    assert VectorIndex(x).search(query, 3).rows.tolist() == [[19_999, 19_998, 19_997]]
+    _, proposed = proposals(query @ x.T, np.full((1, 1), -np.inf, np.float32), 3, product_margin(2))
+    assert set(proposed) >= {19_999, 19_998, 19_997} and len(proposed) < 1000
 
 
 @given(st.lists(st.tuples(st.integers(0, 14), st.integers(0, 14)), max_size=20), st.integers(1, 5))
