@@ -9,14 +9,15 @@ __all__ = ['main']
 import _thread, argparse, builtins, errno, io, json, os, re, signal, sys, tempfile, threading, traceback, warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from difflib import get_close_matches
 from functools import partial
 from operator import mul
 from pathlib import Path
 from typing import Any, NoReturn, TextIO, TYPE_CHECKING
 
 import devsky_nb
-from ._core import (check_choice, check_count, check_number, check_share, damaged, format_bytes, name_text, parse_bytes, read_text,
-                    require, write_atomically)
+from ._core import (check_count, check_number, check_share, damaged, format_bytes, name_text, parse_bytes,
+                    read_text, require, write_atomically)
 from .device import check_device
 from .errors import DevSkyyError, FileNotFoundError, ModelNotFoundError, ValidationError
 
@@ -219,16 +220,23 @@ def byte_size(text: str) -> str:
     except ValidationError as e: raise argparse.ArgumentTypeError(e.message)
     return text
 
+def nearest(word: str, parser: argparse.ArgumentParser) -> str:  # for the end of a message
+    "Which option may have been meant."
+    options = [option for action in parser._actions for option in action.option_strings]
+    close = get_close_matches(word.partition("=")[0], options, 1, 0.75)
+    return f". Did you mean {close[0]}?" if close else ""
+
 def parse_arguments(parser: argparse.ArgumentParser,
                     argv: list[str] | None,
                     ) -> argparse.Namespace:
     "Parse, and take words behind an option as words too: before Python 3.12 argparse loses those of `nargs='*'`."
     words = sys.argv[1:] if argv is None else argv
+    if not words: parser.exit(2, parser.format_help())
     Parser.as_json = "--json" in words
     args, rest = parser.parse_known_args(words)
     given = getattr(args, "text", getattr(args, "source", None))
     if rest and isinstance(given, list) and not any(word.startswith("-") for word in rest): given += rest
-    elif rest: parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif rest: args.parser.error(f"unrecognized arguments: {' '.join(rest)}{nearest(rest[0], args.parser)}")
     refuse_empty(args)
     return args
 
@@ -299,14 +307,14 @@ def on_one_line(text: str) -> str:
 
 OTHER_NAMES = {"num_inference_steps": "--steps", "guidance_scale": "--guidance", "true_cfg_scale": "--true-cfg",
                "mask_image": "--mask", "loras": "--lora"}  # than that of the argument
-OTHER_WORDS = {"resume=False": "--anew"}
+OTHER_WORDS = {"resume=False": "--anew", " or use truncate=True": ""}  # "": there is no such option
 COMMAND_OF = {"embed_images": "devsky embed", "plan_vram": "devsky plan"}  # what a function is on a command line
 
 def as_options(text: str, args: argparse.Namespace) -> str:
     "A message with the arguments of Python under the names that they have on a command line."
     known = {action.dest: action.option_strings[-1] for action in args.parser._actions if action.option_strings}
     for word, option in OTHER_WORDS.items():
-        if option in known.values(): text = text.replace(word, option)
+        if not option or option in known.values(): text = text.replace(word, option)
     known |= {name: option for name, option in OTHER_NAMES.items() if option in known.values()}
     names = "|".join(known)
     text = re.sub(rf"^({names})(?=: )", lambda found: known[found[1]], text)
@@ -320,11 +328,14 @@ def as_options(text: str, args: argparse.Namespace) -> str:
     return text.replace("call devsky", "run devsky")
 
 def fail(error: Exception, args: argparse.Namespace) -> int:  # the exit status
-    "Report an error."
+    "Report an error, as far as anything can be written; the exit status is its own."
     told = as_error(error)
-    if args.debug: traceback.print_exception(error)
-    tell(f"devsky: {as_options(on_one_line(str(told)), args)}")
-    if args.json: say_json({"error": told.to_dict()})
+    try:
+        if args.debug: traceback.print_exception(error)
+        tell(f"devsky: {as_options(on_one_line(str(told)), args)}")
+        if args.json: say_json({"error": told.to_dict()})
+    except BrokenPipeError: raise
+    except OSError: pass  # a full disk
     return exit_status(error)
 
 # %% ../nbs/03_cli.ipynb #5712ea04
@@ -403,6 +414,13 @@ def file_path(text: str) -> Path:
     "A path on the command line."
     if text: return Path(text)
     raise argparse.ArgumentTypeError("an empty path: is a variable not set? The current folder is '.'")
+
+def cache_path(text: str) -> Path:
+    "The folder of a Hub cache on the command line, which may be made later."
+    path = file_path(text)
+    there = next((place for place in (path, *path.parents) if os.path.exists(place)), Path("."))
+    if there.is_dir(): return path
+    raise argparse.ArgumentTypeError(f"{name_text(there)!r} is a file, and a cache is a folder")
 
 BEGINNINGS = {  # of the files that commands write: a pattern in their first bytes
     "page": rb'<meta name="generator" content="devsky_nb">', "report": rb'\A\{\s*"total_images":',
@@ -528,7 +546,7 @@ def demo(args: argparse.Namespace) -> int:
 def add_hub_options(parser: argparse.ArgumentParser) -> None:
     "What every command takes that asks the registry for a model."
     parser.add_argument("--revision", metavar="REV", help="commit, branch or tag of the model (default: as locked)")
-    parser.add_argument("--cache-dir", type=file_path, metavar="DIR", help="Hub cache (default: the usual one)")
+    parser.add_argument("--cache-dir", type=cache_path, metavar="DIR", help="Hub cache (default: the usual one)")
     parser.add_argument("--offline", action="store_true", default=None, help="never fetch a model")
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
@@ -567,8 +585,11 @@ def names_on_standard_input() -> list[str]:
 def from_standard_input(args: argparse.Namespace) -> bool:
     "Whether the images are listed on standard input."
     if "-" not in args.source: return False
-    if len(args.source) == 1: return True
-    raise ValidationError("'-' is the list on standard input: give it alone, or the files by name")
+    if len(args.source) > 1:
+        raise ValidationError("'-' is the list on standard input: give it alone, or the files by name")
+    named = [option for option, given in (("--column", args.column), ("--id-column", args.id_column)) if given]
+    if not named: return True
+    raise ValidationError(f"{named[0]} names a column of a table or list, and standard input has paths alone: leave it out")
 
 def root_folder(args: argparse.Namespace) -> Path | None:
     "The folder outside of which no image is read."
@@ -625,7 +646,7 @@ def embed(args: argparse.Namespace) -> int:
     from devsky_nb.images.sources import open_source, open_sources
     engine = RayEngine() if args.engine == "ray" else "local"
     check_place("--out", args.out)
-    if from_standard_input(args): source = open_source(names_on_standard_input(), args.column, args.id_column)
+    if from_standard_input(args): source = open_source(names_on_standard_input())
     else: source = open_sources(args.source, args.column, args.id_column)
     embedder = make_embedder(args, output=args.output, precision=args.precision, backend=args.backend)
     with redirect_stdout(sys.stderr):  # Ray says there what happens to its workers
@@ -752,7 +773,7 @@ BITS = {"4": "nf4-dq", "8": "int8", "none": "none"}
 
 def generate_options(parser: argparse.ArgumentParser) -> None:
     own = "(default: the model's own)"
-    parser.add_argument("prompt", nargs="+", help="what to draw; several give several images")
+    parser.add_argument("prompt", nargs="+", metavar="PROMPT", help="what to draw; several give several images")
     parser.add_argument("--out", type=file_path, default=Path("images"), metavar="DIR",
                         help="folder for the images (default: %(default)s)")
     parser.add_argument("--model", default="sdxl-base", metavar="NAME",
@@ -952,7 +973,7 @@ def doctor_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plan", metavar="NAME", help="model that is to run here; is there memory for it?")
     parser.add_argument("--budget", type=byte_size, metavar="SIZE", help="memory that it may take, such as 8GB (default: what is free)")
     parser.add_argument("--revision", metavar="REV", help="of that model: commit, branch or tag (default: as locked)")
-    parser.add_argument("--cache-dir", type=file_path, metavar="DIR", help="Hub cache (default: the usual one)")
+    parser.add_argument("--cache-dir", type=cache_path, metavar="DIR", help="Hub cache (default: the usual one)")
 
 # %% ../nbs/03_cli.ipynb #d0c70002
 @command(doctor_options)
@@ -974,6 +995,7 @@ def doctor(args: argparse.Namespace) -> int:
     project: dict[str, list[str]] = {} if args.select else stated  # what is asked for by its code comes first
     select = args.select or project.get("select", [])
     codes = chosen_rules(rules, select, [*args.ignore, *project.get("ignore", [])])
+    if not codes: raise ValidationError("no rule is left: what is ignored covers all that is selected")
     of_source = sorted(codes & {rule.code for rule in SOURCE_RULES})
     of_machine = sorted(codes - {*of_source})
     target = targets_of(args.target or stated.get("target", []))
@@ -1004,14 +1026,14 @@ def models_options(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_action(actions, "list", "known models, and which are here")
     fetch = add_action(actions, "prefetch", "fetch, verify and pin a model for offline use")
-    fetch.add_argument("name", help="alias or Hub id, such as clip-vit-base")
+    fetch.add_argument("name", metavar="NAME", help="alias or Hub id, such as clip-vit-base")
     fetch.add_argument("--revision", metavar="REV", help="commit, branch or tag to fetch and lock (default: as locked)")
     fetch.add_argument("--timeout", type=float, metavar="SECONDS", help="time that it may take (default: six hours)")
     fetch.add_argument("--max-bytes", type=byte_size, metavar="SIZE", help="what it may fetch, such as 20GB (default: 100GB)")
     check = add_action(actions, "verify", "check every byte of a fetched model, offline")
-    check.add_argument("name", help="alias, such as clip-vit-base")
+    check.add_argument("name", metavar="NAME", help="alias, such as clip-vit-base")
     for action in actions.choices.values():
-        action.add_argument("--cache-dir", type=file_path, metavar="DIR", help="Hub cache (default: the usual one)")
+        action.add_argument("--cache-dir", type=cache_path, metavar="DIR", help="Hub cache (default: the usual one)")
 
 # %% ../nbs/03_cli.ipynb #309497f4
 @command(models_options, actions=True)
@@ -1034,7 +1056,7 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
     add_action(actions, "report", "what is stored, pinned, used, broken")
     verify = add_action(actions, "verify", "check every blob offline")
-    verify.add_argument("repo", nargs="?", help="one repository only")
+    verify.add_argument("repo", nargs="?", metavar="REPO", help="one repository only")
     evict = add_action(actions, "evict", "plan what to delete, and delete it with --execute")
     evict.add_argument("--max-size", type=byte_size, metavar="SIZE", help="shrink the cache to this, such as 20GB")
     evict.add_argument("--unused-days", type=float, metavar="N", help="delete what was not used for N days")
@@ -1042,14 +1064,14 @@ def cache_options(parser: argparse.ArgumentParser) -> None:
                        help="a repository, commit or quantized copy that stays, as the report names it")
     evict.add_argument("--execute", action="store_true", help="carry the plan out")
     pin = add_action(actions, "pin", "keep a revision, whatever is pruned or evicted")
-    pin.add_argument("repo", help="such as openai/clip-vit-base-patch32")
-    pin.add_argument("revision", help="commit, branch or tag that is in the cache")
-    pin.add_argument("alias", help="name of the pin")
+    pin.add_argument("repo", metavar="REPO", help="such as openai/clip-vit-base-patch32")
+    pin.add_argument("revision", metavar="REVISION", help="commit, branch or tag that is in the cache")
+    pin.add_argument("alias", metavar="ALIAS", help="name of the pin")
     unpin = add_action(actions, "unpin", "give a pin up")
-    unpin.add_argument("repo", help="such as openai/clip-vit-base-patch32")
-    unpin.add_argument("alias", help="name of the pin")
+    unpin.add_argument("repo", metavar="REPO", help="such as openai/clip-vit-base-patch32")
+    unpin.add_argument("alias", metavar="ALIAS", help="name of the pin")
     for action in actions.choices.values():
-        action.add_argument("--cache-dir", type=file_path, metavar="DIR", help="Hub cache (default: the usual one)")
+        action.add_argument("--cache-dir", type=cache_path, metavar="DIR", help="Hub cache (default: the usual one)")
 
 # %% ../nbs/03_cli.ipynb #313fb740
 @command(cache_options, actions=True)
@@ -1082,7 +1104,8 @@ def evict(args: argparse.Namespace) -> Any:  # the plan, carried out or not
 
 # %% ../nbs/03_cli.ipynb #c0a70002
 def completion_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh", "powershell"), help="that is to complete")
+    parser.add_argument("shell", metavar="SHELL", choices=("bash", "zsh", "fish", "tcsh", "powershell"),
+                        help="that is to complete: bash, zsh, fish, tcsh or powershell")
 
 def parsers_below(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
     "A parser, and those of its commands."
@@ -1100,7 +1123,7 @@ def completion(args: argparse.Namespace) -> int:
     parser = make_parser()
     for inner in parsers_below(parser):
         for action in inner._actions:
-            if action.type in (file_path, file_names, table_path, lora_and_weight): setattr(action, "complete", shtab.FILE)
+            if action.type in (cache_path, file_path, file_names, table_path, lora_and_weight): setattr(action, "complete", shtab.FILE)
             if action.dest in ("model", "name", "plan"): action.choices = [*KNOWN]
     script = shtab.complete(parser, args.shell)
     if args.json: say_json({"shell": args.shell, "script": script})

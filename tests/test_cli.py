@@ -137,7 +137,7 @@ def test_the_demo_again_in_the_same_folder(tmp_path):
     (["search", "x", "a dress", ""], "argument TEXT: an empty text"),
     (["plan", "sdxl-base", "--config", ""], "argument --config: an empty text"),
     (["plan", "no-such-model", "--budget", "8GB"], "`devsky models list` has the known ones"),
-    (["models", "verify", ""], "argument name: an empty text"),
+    (["models", "verify", ""], "argument NAME: an empty text"),
     (["demo", "--images", "20000"], "argument --images: '20000' is no whole number from 14 to 10000"),
     (["doctor", "--source", "--target", "torch"], "--target='torch': expected a library and its version"),
     (["doctor", "--environment", "--budget", "8GB"], "--budget is about the model of --plan"),
@@ -165,6 +165,16 @@ def test_the_demo_again_in_the_same_folder(tmp_path):
     (["doctor", "no-such-file.py", "--source"], "no-such-file.py"),
     (["doctor", "nbs", "--environment"], "--environment reads no files"),
     (["doctor", "--source", "--select", "E501"], "no rule 'E501'"),
+    (["doctor", "--source", "--select", "DSK01", "--ignore", "DSK0"], "no rule is left: what is ignored covers all that is selected"),
+    (["embed", ".", "--out", "x", "--modle", "tiny-clip"], "devsky embed: error: unrecognized arguments: --modle tiny-clip. Did you mean --model?"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--nothing-like-it"], "unrecognized arguments: --nothing-like-it\n"),
+    (["cache", "pin"], "the following arguments are required: REPO, REVISION, ALIAS"),
+    (["generate", "--model", "tiny-sdxl"], "the following arguments are required: PROMPT"),
+    (["generate", "a dress", "--model", "tiny-sdxl", "--cache-dir", "settings.ini"], "argument --cache-dir: 'settings.ini' is a file, and a cache is a folder"),
+    (["embed", ".", "--out", "x", "--model", "tiny-clip", "--cache-dir", "settings.ini/hub"], "'settings.ini' is a file, and a cache is a folder"),
+    (["embed", "nbs/images", "--out", "x", "--model", "tiny-clip", "--id-column", "sku"], "--id-column='sku' names a column of a table or list, and 'nbs/images' holds none: leave it out"),
+    (["validate", "nbs/images", "--model", "tiny-clip", "--id-column", "sku"], "'nbs/images' holds none: leave it out"),
+    (["validate", "-", "--model", "tiny-clip", "--column", "front"], "--column names a column of a table or list, and standard input has paths alone"),
 ])
 def test_wrong_calls_exit_with_2_and_one_helpful_line(args, says, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
@@ -472,6 +482,7 @@ def test_a_message_names_the_options_of_its_command():
     ("generate a", "no file '/photos/mask_image.png', 'negative_prompt' and negative_prompt.txt", "no file '/photos/mask_image.png', 'negative_prompt' and negative_prompt.txt"),
     ("plan a", "width=65, height=64: give both; host_budget= is", "--width=65, --height=64: give both; --host-budget is"),
     ("plan a", "mask_image= is none of this command", "mask_image= is none of this command"),
+    ("search a b", "shorten it or use truncate=True", "shorten it"),
     ("export a b", "cannot write to '/proc'", "cannot write to '/proc'")])
 def test_a_message_names_options_and_not_arguments(command, message, told):
     assert as_options(message, make_parser().parse_args(command.split())) == told

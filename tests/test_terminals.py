@@ -218,6 +218,8 @@ def test_a_closed_stream_and_a_full_disk():
     with open("/dev/full", "w") as full: failed = process("models", "list", stdout=full)
     told = failed.stderr.read()
     assert failed.wait(60) == 3 and told.count("\n") == 1 and "No space left" in told
+    for call, status in (["models", "list"], 3), (["embed", "no-such", "--out", "x", "--json"], 2):
+        with open("/dev/full", "w") as full: assert subprocess.run([*DEVSKY, *call], stdout=full, stderr=full, timeout=60).returncode == status
 
 
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}

@@ -16,8 +16,7 @@ from ..errors import ValidationError
 from .folders import check_path
 from .items import Item
 from .remote import is_address, shown
-from .tables import (Rows, check_id_column, holds_images, id_text, image_column, is_text, row_item,
-                     value_of)
+from .tables import Rows, check_id_column, holds_images, id_text, image_column, row_item, value_of
 
 if TYPE_CHECKING:
     import pyarrow

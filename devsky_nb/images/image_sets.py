@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .._core import name_text
-from ..errors import FileNotFoundError, ValidationError
+from ..errors import ValidationError
 from .folders import FoundFile, NOT_ASKED_FOR, VECTORS, check_local, is_vectors, walk_files
 from .items import Account, Item, LeftOut, read_item
 from .kinds import IMAGE, PARQUET, TAR, suffix
-from .lists import LIST_SUFFIXES, image_set_of, listed
+from .lists import LIST_SUFFIXES, image_set_of
 from .load import StoredImage
 from .policy import ImagePolicy
 from .remote import is_address
@@ -165,7 +165,7 @@ def read_image_set(source: str | os.PathLike[str] | Sequence[str],  # folder, li
     for name in names: check_local(name, "the image set")
     path = names[0]
     alone = len(names) == 1
-    if alone and not column and os.path.isdir(path):
+    if alone and not column and not id_column and os.path.isdir(path):
         return set_of_parts(parts_of_folder(path), path, labels_from_folders)
     if alone and not column and not id_column and suffix(path) in LIST_SUFFIXES and os.path.lexists(path):
         described = image_set_of(path)

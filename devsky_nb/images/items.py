@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import BinaryIO, NamedTuple
 
-from .._core import name_text
 from ..errors import ValidationError
 from .files import OPEN_FLAGS, read_file
 from .policy import ImagePolicy, load_error

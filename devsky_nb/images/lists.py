@@ -100,6 +100,11 @@ def list_entries(file: str, column: str | None = None) -> Iterator[Any]:  # in o
             yield from json_entries(f)
 
 # %% ../../nbs/images/22_lists.ipynb #13c1000c
+def path_key(entry: dict, column: str | None = None) -> str | None:
+    "Under which name an entry has a path."
+    name = path_column((key for key in entry if isinstance(key, str)), column)
+    return name if name is not None and isinstance(entry[name], str) else None
+
 def with_path(entry: Any,
               folder: str,  # where relative paths start
               column: str | None = None,
@@ -109,8 +114,8 @@ def with_path(entry: Any,
         return {"path": place_in(folder, entry)}
     if not isinstance(entry, dict):
         return entry
-    name = path_column((key for key in entry if isinstance(key, str)), column)
-    if name is None or not isinstance(entry[name], str):
+    name = path_key(entry, column)
+    if name is None:
         return entry
     others = {key: value for key, value in entry.items() if key != name}
     path = place_in(folder, entry[name]) if entry[name].strip() else ""
@@ -183,15 +188,16 @@ class ListedImages:
 
     def _item(self, number: int, entry: Any, found: Any) -> Item:
         "One entry as an input."
-        path = found.get("path") if isinstance(found, dict) else None
         where = f"entry {number} of {shown(self.path)!r}"
-        if not isinstance(path, str):
+        key = path_key(entry, self.column) if isinstance(entry, dict) else None
+        written = entry if key is None else entry[key]
+        if not isinstance(written, str):
             written_out = json.dumps(entry, default=str)
-            raise ValidationError(f"{where} is {written_out:.120}: no path in it", details={"entry": number})
-        written = entry if isinstance(entry, str) else entry[path_column(entry, self.column)]
+            place = "in it" if self.column is None else f"under {self.column!r}"
+            raise ValidationError(f"{where} is {written_out:.120}: no path {place}", details={"entry": number})
         check_path(written, where)
         given = found.get(self.id_column or "id")
         if given is None and self.id_column:
             raise ValidationError(f"{where} has no {self.id_column!r}, where its id should be")
         id = shown(written if given is None or given == "" else str(given))
-        return Item(id, path) if path else Item(id, problem=("missing", f"{where} has an empty path"))
+        return Item(id, found["path"]) if found["path"] else Item(id, problem=("missing", f"{where} has an empty path"))

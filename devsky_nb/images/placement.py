@@ -9,7 +9,6 @@ __all__ = []
 import math
 from dataclasses import dataclass
 
-from .._core import check_choice
 from .policy import load_error
 
 # %% ../../nbs/images/08_placement.ipynb #47d54505

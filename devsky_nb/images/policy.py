@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .._core import is_integer
-from ..errors import DevSkyyError, FileNotFoundError, ValidationError
+from ..errors import DevSkyyError, ValidationError
 
 # %% ../../nbs/images/01_policy.ipynb #de587db3
 @dataclass(frozen=True)

@@ -173,8 +173,10 @@ def path_source(path: str | os.PathLike[str]) -> Source:  # folder, file, addres
 
 # %% ../../nbs/images/24_sources.ipynb #6fc37074
 def holds_tables(path: str | os.PathLike[str]) -> bool:
-    "Whether a column can be meant: of a folder, or of files that are Parquet."
-    return is_folder(path) or kind_of(expand_pattern(path)[0]) == PARQUET
+    "Whether a column can be meant: of Parquet files, or of a folder with one."
+    if is_folder(path):
+        return any(isinstance(found, FoundFile) and found.kind == PARQUET for found in walk_files(path))
+    return kind_of(expand_pattern(path)[0]) == PARQUET
 
 # %% ../../nbs/images/24_sources.ipynb #6fc37073
 def open_source(source: "str | os.PathLike[str] | Iterable | Source",  # folder, file, address, paths, table …
@@ -190,8 +192,8 @@ def open_source(source: "str | os.PathLike[str] | Iterable | Source",  # folder,
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValidationError: a pattern matches nothing, it is an address that cannot be reached from here, or `column` is
-            given for what is no table.
+        ValidationError: a pattern matches nothing, it is an address that cannot be reached from here, or `column` or
+            `id_column` is given for what has no columns.
     """
     opened: Source
     if isinstance(source, (str, os.PathLike)):
@@ -208,8 +210,13 @@ def open_source(source: "str | os.PathLike[str] | Iterable | Source",  # folder,
         return opened
     if isinstance(opened, AnyImages) and holds_tables(opened.path):
         return ParquetImages(opened.path, column, id_column)
-    if not isinstance(opened, (ParquetImages, ListedImages, FrameImages)):
-        raise ValidationError(f"column and id_column are for tables, not for {type(opened).__name__}")
+    only_paths = isinstance(opened, ListedImages) and suffix(os.fspath(opened.path)) == ".txt"
+    if only_paths or not isinstance(opened, (ParquetImages, ListedImages, FrameImages)):
+        asked = f"column={column!r}" if column else f"id_column={id_column!r}"
+        place = "these images are in none"
+        if isinstance(opened, (AnyImages, ListedImages)):
+            place = f"{shown(opened.path)!r} holds none"
+        raise ValidationError(f"{asked} names a column of a table or list, and {place}: leave it out")
     return replace(opened, column=column or opened.column, id_column=id_column or opened.id_column)
 
 # %% ../../nbs/images/24_sources.ipynb #5e7e0002

@@ -1,5 +1,5 @@
 "Tables in memory: whatever library they are of, and however a column is stored, a row is an input."
-import io, os, pickle
+import io, pickle
 from contextlib import closing
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 from devsky_nb.embedding.plan import SourcePlan, TABLE
 from devsky_nb.errors import ValidationError
 from devsky_nb.images.frames import FrameImages
-from devsky_nb.images.items import Item, read_item
+from devsky_nb.images.items import read_item
 from devsky_nb.images.policy import ImagePolicy
 from devsky_nb.images.sources import open_source, slices
 

@@ -112,7 +112,7 @@ def test_kinds_of_folders_and_files(tmp_path):
     with pytest.raises(ValidationError, match="one.md' is no image, .*: no image, by its name"): open_source(tmp_path / "one.md")
     with pytest.raises(NoSuchFile, match="no file or folder"): open_source(tmp_path / "no.tar")
     with pytest.raises(ValidationError, match="nothing matches"): open_source(tmp_path / "no-*.tar")
-    with pytest.raises(ValidationError, match="for tables, not for ImageList"): open_source(["a.jpg"], "image")
+    with pytest.raises(ValidationError, match="column='image' names .* are in none: leave"): open_source(["a.jpg"], "image")
     (tmp_path / "empty").mkdir()
     assert items(open_source(tmp_path / "empty")) == []
 

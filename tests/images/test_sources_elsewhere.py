@@ -1,12 +1,10 @@
 "What lies elsewhere: servers that hang, lie, redirect and fail, buckets, and secrets that nobody may see."
-import logging, pickle, socket, sys, time, zipfile
+import logging, pickle, socket, time, zipfile
 from contextlib import closing
-from pathlib import Path
 
 import fsspec, pyarrow as pa, pyarrow.parquet as pq, pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from archives import make_tar
 from shopserver import Shop, image
 

@@ -269,6 +269,19 @@ def test_columns_of_a_list_can_be_named(tmp_path):
     with pytest.raises(ValidationError, match="has no 'no', where its id should be"): account(open_source(tmp_path / "a.csv", "front", "no"))
 
 
+def test_a_column_that_nothing_has_is_one_sentence(tmp_path):
+    write(tmp_path, {"photos/a.jpg": image(), "a.txt": b"photos/a.jpg\n", "a.csv": b"front,path\n,photos/a.jpg\n",
+                     "a.jsonl": b'{"front": null, "path": "photos/a.jpg"}', "long.csv": b"path,id\nphotos/a.jpg,1,more\n"})
+    make_tar(tmp_path / "a.tar", [("a.jpg", image())])
+    for name in ("photos", "a.txt", "a.tar", "photos/a.jpg"):
+        with pytest.raises(ValidationError, match=rf"^id_column='sku' names a column .* '.*{name}' holds none: leave"): open_source(tmp_path / name, None, "sku")
+        with pytest.raises(ValidationError, match="^column='sku' names .* holds none"): read_image_set(tmp_path / name, column="sku")
+        with pytest.raises(ValidationError, match="^id_column='sku' names .* holds none"): read_image_set(tmp_path / name, id_column="sku")
+    for column in ("front", "back"):
+        with pytest.raises(ValidationError, match=f"no path under '{column}'"): account(ListedImages(tmp_path / "a.jsonl", column))
+    assert account(ListedImages(tmp_path / "long.csv"))[0] == ["1"]  # a comma too many
+
+
 DAMAGED = {"a.json": [b"", b"[", b"null", b"7", b'"a"', b"{}", b'{"images": 7}', b"[" * 100_000, b'[{"label": "x"}]', b"[7]", b"[null]", b"\xff\xfe[", b"[" + b"9" * 5000 + b"]"],
            "b.jsonl": [b"[", b'{"path": 7}', b"7", b"{" * 100_000, b'{"label": "x"}', b'"' + b"a" * 2_000_000 + b'"', b"\xe9"],
            "c.csv": [b"a.jpg\nb.jpg\n", b"sku,front\n1,a.jpg\n", b"path\nh\xe9.jpg\n", b'path\n"' + b"a\n" * 200_000, b"path," + b"x" * 2_000_000, b"id,path\n1\n"],

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from devsky_nb.embedding.plan import SourcePlan
-from devsky_nb.errors import DevSkyyError, ValidationError
+from devsky_nb.errors import DevSkyyError
 from devsky_nb.images.items import Item, LeftOut, read_item
 from devsky_nb.images.kinds import HIDDEN, UNKNOWN
 from devsky_nb.images.policy import ImagePolicy
