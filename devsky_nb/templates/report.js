@@ -21,7 +21,7 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-const badge = kind => make("span", {className: `badge ${["good", "warn", "bad", "warn", "warn"][kind]}`}, kinds[kind]);
+const badge = kind => make("span", {className: `badge ${["good", "warn", "bad", "warn", "warn", "bad"][kind]}`}, kinds[kind]);
 const name = entry => String(entry.id);
 const file = entry => entry.path.split(/[\\/]/).pop();
 

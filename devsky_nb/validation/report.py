@@ -85,6 +85,7 @@ class ValidationReport:
         self.model = embedder.model_name
         self.fingerprint = embedder.fingerprint
         self.clauses: list[Clause] = []
+        self.breaking: dict[str, list[int]] = {}  # by clause: positions of the entries that do not fulfil it
         self.codes = np.full(len(self.images), STATUSES.index("error"), np.uint8)
         self.codes[results["embeddings"].indices] = STATUSES.index("embedded")
         for group in findings["duplicates"]:
@@ -127,6 +128,7 @@ class ValidationReport:
         "A clause that no entry may break."
         at_fault = list(wrong)
         if not at_fault: return Clause(name, required, f"all {total:,}", True)
+        self.breaking[name] = at_fault
         names = ", ".join(self._name(i) for i in at_fault[:3])
         if len(at_fault) > 3: names += ", …"
         return Clause(name, required, f"{len(at_fault):,} of {total:,} do not: {names}", False)
@@ -199,7 +201,9 @@ class ValidationReport:
             "statuses": [STATUSES[code] for code in self.codes.tolist()],
             "images": [{"id": json_data(id_of(entry, i)), "path": path_text(entry), "status": self.status(i)}
                        for i, entry in enumerate(self.images)],
-            "contract": [asdict(clause) for clause in self.clauses], "findings": json_data(findings),
+            "contract": [asdict(clause) for clause in self.clauses],
+            "breaking": {name: [self._with_ids({"index": index}) for index in at_fault] for name, at_fault in self.breaking.items()},
+            "findings": json_data(findings),
             "left_out": [{"path": path, "reason": reason} for path, reason in self.left_out],
             "left_out_counts": self.left_out_counts}
 
@@ -220,6 +224,13 @@ class ValidationReport:
         """
         return write_report(path, json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
 
+    # %% ../../nbs/validation/06_report.ipynb #7c0e5e30
+    def _ready(self) -> np.ndarray:  # positions
+        "The entries that are embedded, repeat no other and break no clause."
+        ready = self.codes == STATUSES.index("embedded")
+        for at_fault in self.breaking.values(): ready[at_fault] = False
+        return np.flatnonzero(ready)
+
     # %% ../../nbs/validation/06_report.ipynb #7c0e5e03
     def _found(self) -> dict[int, list[tuple[str, str]]]:  # by position: kind, and the finding in words
         "What was found about entries."
@@ -227,6 +238,9 @@ class ValidationReport:
         def add(index: int, kind: str, text: str) -> None: found.setdefault(index, []).append((kind, text))
         for error in self.results["errors"]:
             add(error["index"], "failed", f"{failure_text(error)}. {remedy_of(error)}")
+        for clause in self.clauses:
+            for index in self.breaking.get(clause.name, []):
+                if self.status(index) == "embedded": add(index, "breaks the contract", f"{clause.name}: {clause.required}")
         for group in self.findings["duplicates"]:
             kept = self._name(group["representative"])
             for member, how in zip(group["members"], group["how"]):
@@ -241,14 +255,14 @@ class ValidationReport:
 
     # %% ../../nbs/validation/06_report.ipynb #7c0e5e04
     def accepted(self) -> list[dict]:  # of each its index, id, path, label and finding
-        """The entries that are ready to use: embedded, and no repeats of others.
+        """The entries that are ready to use: embedded, no repeats of others, and as the contract wants each of them.
 
         Returns:
             of each its index, id, path, label and finding
         """
         found = self._found()
         listed = []
-        for index in np.flatnonzero(self.codes == STATUSES.index("embedded")).tolist():
+        for index in self._ready().tolist():
             entry = self.images[index]
             listed.append({"index": index, "id": json_data(id_of(entry, index)), "path": path_text(entry),
                            "label": label_of(entry),
@@ -290,18 +304,23 @@ class ValidationReport:
     def verdict(self) -> str:
         "The whole report in one sentence."
         counts = self.counts
-        ready = counts["embedded"]
-        mislabelled = len(self.findings["wrong_labels"])
+        positions = self._ready()
+        ready = len(positions)
+        mislabelled = int(np.isin([wrong["index"] for wrong in self.findings["wrong_labels"]], positions).sum())
         images = format_count(len(self.images), "image")
         verb = "is" if ready == 1 or len(self.images) == 1 else "are"
         sentence = f"{ready:,} of {images} {verb} ready to use"
         if mislabelled:
             sentence += f", {mislabelled:,} of {'it' if ready == 1 else 'them'} perhaps mislabelled"
         rest = []
+        if ready < counts["embedded"]:
+            rest.append(format_count(counts["embedded"] - ready, "breaks the contract", "break the contract"))
         if counts["error"]: rest.append(f"{counts['error']:,} failed")
         if counts["duplicate"]:
             rest.append(format_count(counts["duplicate"], "repeats another", "repeat others"))
-        return f"{sentence}; {' and '.join(rest)}." if rest else f"{sentence}."
+        if not rest: return f"{sentence}."
+        *first, last = rest
+        return f"{sentence}; {', '.join(first)} and {last}." if first else f"{sentence}; {last}."
 
     # %% ../../nbs/validation/06_report.ipynb #515241cc
     def _thumbnail(self,
@@ -370,21 +389,27 @@ class ValidationReport:
                 "total": len(self.images), "clauses": self.clauses, "method": one_line(findings["label_method"], 160),
                 "model": one_line(self.model), "title": title_of(self.results["metadata"])}
 
-    def _tiles(self) -> list[tuple[str, int, str, str]]:  # name, count, tone, id of the section
-        "The numbers at the top."
+    def _tiles(self) -> list[tuple[str, int, str, str, int | None]]:
+        "The numbers at the top: name, count, tone, id of the section, and which of `KINDS` that shows; None: all."
         counts = self.counts
-        return [("ready to use", counts["embedded"], "good", "all"),
-                ("duplicates", counts["duplicate"], "warn", "duplicates"), ("failed", counts["error"], "bad", "failed"),
-                ("suspected labels", len(self.findings["wrong_labels"]), "warn", "wrong")]
+        ready = len(self._ready())
+        tiles = [("ready to use", ready, "good", "all", KINDS.index("ready to use")),
+                 ("duplicates", counts["duplicate"], "warn", "duplicates", None), ("failed", counts["error"], "bad", "failed", None),
+                 ("suspected labels", len(self.findings["wrong_labels"]), "warn", "wrong", None)]
+        if ready == counts["embedded"]: return tiles
+        broken = ("break the contract", counts["embedded"] - ready, "bad", "all", KINDS.index("breaks the contract"))
+        return [tiles[0], broken, *tiles[1:]]
 
     def _entries(self) -> list[list]:  # of each: id, label, path, positions in KINDS, finding
         "The list of all images, as far as a page can hold it."
         found = self._found()
+        ready = set(self._ready().tolist())
         rows: list[list] = []
         size = 0
         for index, entry in enumerate(self.images):
             about = found.get(index, [])
-            kinds = {int(self.codes[index]), *(KINDS.index(kind) for kind, _ in about)}
+            kinds = {KINDS.index(kind) for kind, _ in about}
+            if index in ready or self.codes[index]: kinds.add(int(self.codes[index]))
             row = [json_data(id_of(entry, index)), label_of(entry), path_text(entry), sorted(kinds),
                    "; ".join(text for _, text in about)]
             size += len(json.dumps(row))
@@ -747,7 +772,7 @@ MAX_THUMBNAILS = 400  # of a page
 MAX_LISTED = 48  # findings of a kind that a page shows above its list
 MAX_LIST_BYTES = 6_000_000  # of the list: ten thousand images take one
 KINDS = ("ready to use", "repeats another", "failed",  # as STATUSES
-         "perhaps mislabelled", "worth a look")
+         "perhaps mislabelled", "worth a look", "breaks the contract")
 
 def script_hash(script: str) -> str:
     "How a content security policy names a script."

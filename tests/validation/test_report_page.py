@@ -134,7 +134,8 @@ def test_a_contract_is_spoken_of_where_there_was_one(tiny, tmp_path, contract, b
     text, _, _ = read_page(report, tmp_path)
     console = Console(file=io.StringIO(), width=120)
     report.print(console)
-    assert (badge is None) == ("contract" not in re.sub(r"(?s)<style>.*?</style>", "", text)) and (badge or "") in text
+    seen = re.sub(r"(?s)<(style|script).*?</\1>", "", text)
+    assert (badge is None) == ("contract" not in seen) and (badge or "") in seen
     assert report.contract is contract
     for said in (repr(report), report._repr_html_(), console.file.getvalue()): assert ("min_success" in said) == table
 
@@ -143,6 +144,22 @@ def test_too_few_successes_are_said_without_a_contract_too(tiny, tmp_path):
     report = check_image_set({"images": [{"path": "none.jpg"}]}, tiny)
     text, _, _ = read_page(report, tmp_path)
     assert not report.ok and "too few succeeded" in text and "No contract was given" in text and "min_success" in repr(report)
+
+
+def test_what_breaks_a_clause_about_single_images_is_not_accepted(tiny, tmp_path):
+    entries = [{"id": "large", "label": "dress", "image": make_image(1, 300)}, {"id": "again", "label": "dress", "image": make_image(1, 300)},
+               {"id": "small", "label": "dress", "image": make_image(2, 150, colour="green")},
+               {"id": "coat", "label": "coat", "image": make_image(3, 300, "coat", "blue")}, {"id": "broken", "path": "none.jpg"}]
+    report = check_image_set(entries, tiny, ImageSetContract(min_size=200, labels=("dress",), required_fields=("label",)))
+    assert [row["id"] for row in report.accepted()] == ["large"]
+    assert report.verdict == "1 of 5 images is ready to use; 2 break the contract, 1 failed and 1 repeats another."
+    written = json.loads(report.to_json(tmp_path / "r.json").read_text(encoding="utf-8"))
+    assert written["breaking"] == {"min_size": [{"id": "small", "index": 2}], "required_fields": [{"id": "broken", "index": 4}],
+                                   "labels": [{"id": "coat", "index": 3}]}
+    listed = report._entries()
+    assert "min_size: shorter edge at least 200 px" in listed[2][4] and KINDS.index("breaks the contract") in listed[2][3]
+    assert [0 in kinds for *_, kinds, _ in listed] == [True, False, False, False, False]
+    assert check_image_set(entries, tiny).verdict.startswith("3 of 5 images are ready to use; 1 failed")
 
 
 def test_what_was_accepted_is_written_with_what_was_found(tiny, tmp_path):

@@ -1,10 +1,9 @@
 "Validation beyond its lesson: every kind of bad entry, the sum of the account, hostile text in reports, memory, contracts."
-import gc, io, json, os, pickle, tracemalloc
+import gc, io, json, pickle, tracemalloc
 from pathlib import Path
 
 import numpy as np, pytest, torch
 from hypothesis import HealthCheck, given, settings, strategies as st
-from PIL import Image
 from rich.console import Console
 
 from devsky_nb.embedding.embedder import CLIPImageEmbedder
