@@ -199,7 +199,7 @@ class EmbeddingExplorer(Panel):
         names, _ = index.names(rows[list(thumbnails)])
         small = {point: image.resize(half(image.size)) for point, image in thumbnails.items()}
         drawn = draw_map(thumbnail_corners(positions), small)
-        self.account.value = f"<p>{escape(repr(report))}</p>"
+        self.account.value = "".join(f"<p>{escape(line)}</p>" for line in repr(report).splitlines())
         self.neighbours.value = ""
         self.map.without_kernel = image_html(drawn, f"map of {len(index):,} images by similarity", photo=True)
         self.map.chosen = -1
