@@ -18,7 +18,7 @@ A round during which other programs took more than 5% of the machine is done aga
 written. What was measured until then is kept in a file beside the result, and the same command goes on from there. There
 is one result for each kind of processor, in embedding.json, embedding.md and embedding-KIND.png.
 """
-import argparse, json, os, platform, shutil, statistics, subprocess, sys, tempfile, time
+import argparse, json, os, platform, statistics, subprocess, sys, tempfile, time
 from datetime import date
 from pathlib import Path
 

@@ -16,7 +16,7 @@ the share of all pairs whose projections were multiplied. "checked" says that th
 all others equal those of brute force. Random vectors are measured at --random and, where that is less than the size,
 extrapolated with its square. The rows are written to benchmarks/search.json and benchmarks/search.md.
 """
-import argparse, json, os, platform, statistics, subprocess, sys, tempfile, threading, time
+import argparse, json, platform, statistics, subprocess, sys, tempfile, threading, time
 from pathlib import Path
 
 import numpy as np

@@ -92,21 +92,22 @@ WRITE = """
 import sys
 from pathlib import Path
 from devsky_nb._core import write_atomically
+write_atomically(Path(sys.argv[1]), "b" * 16_000_000)
 print("ready", flush=True)
 while True:
-    for letter in "ab": write_atomically(Path(sys.argv[1]), letter * 200_000)
+    for letter in "ab": write_atomically(Path(sys.argv[1]), letter * 16_000_000)
 """
 
 
 def test_kill_9_leaves_one_of_the_two_files(tmp_path):
     path = tmp_path / "f"
     for delay in (.01, .02, .04):
-        process = subprocess.Popen([sys.executable, "-c", WRITE, path], stdout=subprocess.PIPE)
-        process.stdout.readline()
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if path.exists(): assert path.read_text() in ("a" * 200_000, "b" * 200_000)
+        with subprocess.Popen([sys.executable, "-c", WRITE, path], stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL  # it was still writing
+        assert path.read_text() in ("a" * 16_000_000, "b" * 16_000_000)
 
 
 def test_windows_makes_no_names_durable_and_no_file_that_is_open_for_reading(tmp_path, monkeypatch):

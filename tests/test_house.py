@@ -193,6 +193,24 @@ def test_functions_import_libraries_and_no_modules_of_ours():
     assert [f"{m} imports {other} in a function" for m in MODULES if part(m) != "cli" for other, late in imports(m) if late] == []
 
 
+BODY = re.compile(r"^(?:(?:async )?def |class |@|(?!__all__)\w+ *[=:])", re.MULTILINE)
+IMPORTED = re.compile(r"^(?:from \S+ )?import (\([^)]*\)|[^(\n]+)", re.MULTILINE)
+
+
+def unused_imports(text):
+    "Names that a file imports at its top and mentions nowhere else."
+    lists = [re.sub("#.*", "", found).strip("()") for found in IMPORTED.findall(BODY.split(text, maxsplit=1)[0])]
+    names = {entry.split()[-1].partition(".")[0] for found in lists for entry in found.split(",") if entry.strip()}
+    words = Counter(re.findall(r"\w+", text))
+    return sorted(name for name in names if words[name] == 1)
+
+
+def test_no_file_imports_what_it_does_not_use():
+    files = [*FILES.values(), *(ROOT / "tests").rglob("*.py"), *(ROOT / "tools").glob("*.py")]
+    unused = {str(file.relative_to(ROOT)): unused_imports(file.read_text(encoding="utf-8")) for file in files}
+    assert {name: found for name, found in unused.items() if found} == {}
+
+
 def test_no_line_is_too_long_to_be_read():
     lines = {m: file.read_text(encoding="utf-8").splitlines() for m, file in FILES.items()}
     assert [f"{m}:{n}" for m, found in lines.items() for n, line in enumerate(found, 1) if len(line) > 140] == []

@@ -4,9 +4,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import planner, pytest
-from devsky_nb.errors import ValidationError
-from devsky_nb.memory.configs import find_model
-from devsky_nb.memory.estimate import estimate_setup, estimate_vram
+from devsky_nb.memory.estimate import estimate_vram
 from devsky_nb.memory.plan import PlanOption
 
 from browser import SITE, open_page
