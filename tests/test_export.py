@@ -210,8 +210,9 @@ def _private(x: int,  # not said
 
 
 def test_the_marker_of_a_cell_is_no_comment_of_the_first_parameter():
-    _, made = finished('def iron(shirt: str,\n         heat: int,  # Celsius\n         ):\n    "Iron."')
+    source, made = finished('def iron(shirt: str,\n         heat: int,  # Celsius\n         ):\n    "Iron."')
     assert inspect.getdoc(made.iron) == "Iron.\n\nArgs:\n    shirt: str\n    heat: Celsius"
+    assert '\n    Args:\n        shirt: str\n        heat: Celsius\n    """' in source  # indented as its function is
 
 
 def test_args_by_hand_are_refused():

@@ -193,14 +193,10 @@ def test_functions_import_libraries_and_no_modules_of_ours():
     assert [f"{m} imports {other} in a function" for m in MODULES if part(m) != "cli" for other, late in imports(m) if late] == []
 
 
-BODY = re.compile(r"^(?:(?:async )?def |class |@|(?!__all__)\w+ *[=:])", re.MULTILINE)
-IMPORTED = re.compile(r"^(?:from \S+ )?import (\([^)]*\)|[^(\n]+)", re.MULTILINE)
-
-
 def unused_imports(text):
     "Names that a file imports at its top and mentions nowhere else."
-    lists = [re.sub("#.*", "", found).strip("()") for found in IMPORTED.findall(BODY.split(text, maxsplit=1)[0])]
-    names = {entry.split()[-1].partition(".")[0] for found in lists for entry in found.split(",") if entry.strip()}
+    imports = [node for node in ast.parse(text).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {alias.asname or alias.name.partition(".")[0] for node in imports for alias in node.names}
     words = Counter(re.findall(r"\w+", text))
     return sorted(name for name in names if words[name] == 1)
 

@@ -390,7 +390,7 @@ class ValidationReport:
                 "model": one_line(self.model), "title": title_of(self.results["metadata"])}
 
     def _tiles(self) -> list[tuple[str, int, str, str, int | None]]:
-        "The numbers at the top: name, count, tone, id of the section, and which of `KINDS` that shows; None: all."
+        "The numbers at the top: name, count, tone, id of the section, and which of `KINDS` to show there."
         counts = self.counts
         ready = len(self._ready())
         tiles = [("ready to use", ready, "good", "all", KINDS.index("ready to use")),
@@ -409,7 +409,7 @@ class ValidationReport:
         for index, entry in enumerate(self.images):
             about = found.get(index, [])
             kinds = {KINDS.index(kind) for kind, _ in about}
-            if index in ready or self.codes[index]: kinds.add(int(self.codes[index]))
+            if index in ready: kinds.add(KINDS.index("ready to use"))
             row = [json_data(id_of(entry, index)), label_of(entry), path_text(entry), sorted(kinds),
                    "; ".join(text for _, text in about)]
             size += len(json.dumps(row))
