@@ -35,9 +35,11 @@ def repo_folder(repo_id: str,  # "org/name"
                 ) -> Path:  # an existing folder
     "Where a repository is cached."
     folder = cache_folder(cache_dir) / folder_name(check_name("repo_id", repo_id))
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id) and os.path.isdir(folder): return folder
-    raise ValidationError(f"{repo_id!r:.120} is not in the cache {str(folder.parent)!r}: "
-                          f"fetch it with `hf download {repo_id:.120}`", details={"repo_id": repo_id})
+    is_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo_id)
+    if is_name and os.path.isdir(folder): return folder
+    remedy = f"fetch it with `hf download {repo_id:.120}`" if is_name else "a repository's name looks like 'org/name'"
+    raise ValidationError(f"{repo_id!r:.120} is not in the cache {str(folder.parent)!r}: {remedy}",
+                          details={"repo_id": repo_id})
 
 def fetch_command(repo: Path,  # models--org--name
                   *args: str,

@@ -97,10 +97,10 @@ def test_files_outside_of_refs_name_no_revision(hub, tmp_path):
         with pytest.raises(ValidationError, match="no cached revision"): cached_commit("shop/clip", revision, hub)
 
 
-@pytest.mark.parametrize("repo", ["shop/none", "../../etc", "", "a/b/c"])
-def test_repositories_that_are_not_cached(hub, repo):
+@pytest.mark.parametrize("repo, remedy", [("shop/none", "hf download shop/none"), *((name, "name looks like 'org/name'") for name in ("../../etc", "/etc", "", "a/b/c"))])
+def test_repositories_that_are_not_cached(hub, repo, remedy):
     for call in (lambda: pin(repo, A, "x", hub), lambda: verify_cache(repo, cache_dir=hub)):
-        with pytest.raises(ValidationError, match="is not in the cache"): call()
+        with pytest.raises(ValidationError, match=f"is not in the cache .*{remedy}"): call()
 
 
 def test_a_sound_cache_verifies(hub):
