@@ -34,6 +34,16 @@ def png_chunks(info: dict) -> PngImagePlugin.PngInfo:
 # %% ../../nbs/diffusion/14_metadata.ipynb #b948066f
 log = logging.getLogger(__name__)
 
+def image_format(name: str,  # of a file; may be empty
+                 format: str | None,  # what the caller asked for
+                 ) -> str:
+    "The format to write, as Pillow calls it."
+    by_suffix = Image.registered_extensions()  # this loads what Pillow can write, too
+    kind = format or by_suffix.get(Path(name).suffix.lower(), "")
+    if isinstance(kind, str) and kind.upper() in Image.SAVE: return kind.upper()
+    raise ValidationError(f"cannot tell what to write into {name!r} (format={format!r}): end its name in .png, or give format=\"PNG\"",
+                          details={"file": name, "format": format})
+
 class GeneratedImage(Image.Image):
     "An image that takes its settings along into every PNG."
     def save(self,
@@ -41,20 +51,17 @@ class GeneratedImage(Image.Image):
              format: str | None = None,  # None: as the name says
              **params: Any,  # as for any PIL image
              ) -> None:
-        """Write the image; as a PNG, with its settings, and whole or not at all.
+        """Write the image, whole or not at all; as a PNG, with its settings.
 
         Raises:
-            DevSkyyError: the file cannot be written; it is as it was.
+            DevSkyyError: the file cannot be written, or nothing says its format; it is as it was.
         """
-        path = Path(os.fsdecode(fp)) if isinstance(fp, str | bytes | os.PathLike) else None
-        suffix = path.suffix.lower() if path else ""
-        kind = format or Image.registered_extensions().get(suffix, "")
-        if kind.upper() != "PNG":
-            name = path.name if path else kind
-            log.warning("an image's settings are written into PNG files only, not into %s", name)
-            return super().save(fp, format, **params)
+        name = Path(os.fsdecode(fp)).name if isinstance(fp, str | bytes | os.PathLike) else str(getattr(fp, "name", ""))
+        kind = image_format(name, format)
+        if kind == "PNG": params = {"pnginfo": png_chunks(self.info)} | params
+        else: log.warning("an image's settings are written into PNG files only, not into %s", name or kind)
         buffer = io.BytesIO()
-        super().save(buffer, "PNG", **{"pnginfo": png_chunks(self.info)} | params)
+        super().save(buffer, kind, **params)
         if isinstance(fp, str | bytes | os.PathLike): write_atomically(Path(os.fsdecode(fp)), buffer.getvalue())
         else: fp.write(buffer.getvalue())
 

@@ -858,15 +858,22 @@ def test_other_formats_say_that_the_settings_stay_behind(image, tmp_path, caplog
     )
 
 
-def test_a_file_appears_whole_or_not_at_all(image, tmp_path):
-    path = tmp_path / "a.png"
+@pytest.mark.parametrize("name, format", [("a", None), ("a.docx", None), ("", None), ("a.png", "painting"), ("a.png", 7)])
+def test_what_says_no_format_is_refused(image, tmp_path, name, format):
+    with pytest.raises(ValidationError, match="end its name in .png"): image.save(tmp_path / name, format)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.webp"])
+def test_a_file_appears_whole_or_not_at_all(image, tmp_path, name):
+    path = tmp_path / name
     path.write_bytes(b"the old one")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        with pytest.raises(DevSkyyError, match="cannot write a.png"): image.save(path)
+        with pytest.raises(DevSkyyError, match=f"cannot write {name}"): image.save(path, **({"lossless": True} if name == "a.webp" else {}))
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_bytes() == b"the old one" and [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert path.read_bytes() == b"the old one" and [p.name for p in tmp_path.iterdir()] == [name]
 
 
 def test_a_local_folder_is_named_without_its_path(tmp_path):
