@@ -4,10 +4,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 from hubcache import blob_name
+from patience import PATIENCE
 
 COMMIT = "5ca1ab1e" + "0" * 32
 FILES = {"config.json": b'{"model_type": "clip"}', "model.safetensors": b"weights" * 1000}
-BOUND = 60  # seconds after which any endless answer ends, so that no test can hang
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -72,7 +72,7 @@ class Answers(BaseHTTPRequestHandler):
 
     def endless(self, start, piece, pause=0.):
         self.protocol_version, self.close_connection = "HTTP/1.0", True
-        until = time.monotonic() + BOUND
+        until = time.monotonic() + PATIENCE
         if self.server.lying.say("header_drip", False): self.wfile.write(b"HTTP/1.1 200 OK\r\nX-Long: ")
         else:
             self.send_response(200)

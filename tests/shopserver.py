@@ -3,6 +3,7 @@ import hashlib, io, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
+from patience import PATIENCE
 
 
 def image(shade=0):
@@ -28,7 +29,7 @@ class Answers(BaseHTTPRequestHandler):
             with shop.lock: shop.open -= 1
 
     def answer(self, shop, name):
-        if name == "hang.jpg": return shop.end.wait(20)
+        if name == "hang.jpg": return shop.end.wait(PATIENCE)
         if name == "drip.jpg": return self.drip(shop)
         if name == "cut.jpg":
             self.start(200, {"Content-Length": 1000})

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np, pyarrow.parquet as pq, pytest
 from PIL import Image
+from patience import PATIENCE
 
 import devsky_nb
 from devsky_nb.cli import as_options, main, make_parser
@@ -86,7 +87,7 @@ def test_the_wheel_carries_what_the_demo_needs(tmp_path):
     page = re.sub(r"```.*?```", "", metadata.read_text(encoding="utf-8"), flags=re.DOTALL)
     assert "github.com/devsky-nb/devsky_nb/raw/main/nbs/images/report.png" in page and re.findall(r"\]\((?!https?:|#)[^)]+", page) == []
     env = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
-    done = subprocess.run([*DEVSKY, "demo", "--out", "demo", "--json"], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=240)
+    done = subprocess.run([*DEVSKY, "demo", "--out", "demo", "--json"], cwd=tmp_path, capture_output=True, text=True, env=env, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "demo" / "report.json").read_text(encoding="utf-8"))
     assert json.loads(done.stdout)["total_images"] == report["total_images"]
@@ -274,7 +275,7 @@ def test_ctrl_c_ends_at_once_with_130(tmp_path):
         told += (more := process.stderr.read(1))
         assert more, told
     process.send_signal(signal.SIGINT)
-    rest = process.communicate(timeout=60)[1]
+    rest = process.communicate(timeout=PATIENCE)[1]
     assert "1000/1000" not in rest and process.returncode == 130 and "interrupted" in rest and "Traceback" not in rest
 
 

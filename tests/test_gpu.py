@@ -3,6 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu.py"
 SECTIONS = ("environment", "layers", "memory", "loaders", "across", "generation", "small_cards", "monitor", "speed", "clip", "registry",
@@ -13,7 +14,7 @@ SECTIONS = ("environment", "layers", "memory", "loaders", "across", "generation"
 def gpu(*options, out=None):
     "A run; its results."
     command = [sys.executable, str(SCRIPT), *options] + (["--out", str(out)] if out else [])
-    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=900,
+    return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", timeout=PATIENCE,
                           env=os.environ | {"PYTHONIOENCODING": "utf-8"})
 
 

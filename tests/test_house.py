@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import nbformat, pytest
+from patience import PATIENCE
 
 import devsky_nb
 
@@ -74,7 +75,7 @@ def test_cells_with_imports_hold_nothing_else(path):
 
 
 def run(code, **env):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={**os.environ, **env})
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, **env})
 
 
 def test_importing_the_package_imports_nothing_but_what_loads_names_later():
@@ -102,7 +103,7 @@ def test_what_handles_no_image_imports_little(module):
 
 
 def test_the_package_is_the_command():
-    done = subprocess.run([sys.executable, "-m", "devsky_nb", "--version"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "devsky_nb", "--version"], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout.split()[-1:]) == (0, [devsky_nb.__version__]), done.stderr
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np, pytest, torch
 from diffusers import DPMSolverMultistepScheduler, EulerAncestralDiscreteScheduler
 from PIL import Image, PngImagePlugin
+from patience import PATIENCE
 
 from devsky_nb.diffusion import generation, sdxl
 from devsky_nb.diffusion.arguments import check_prompt_length, counting_copy
@@ -551,16 +552,16 @@ def test_threads_take_turns_and_get_their_own_image(four, alone):
 
 def test_cancelling_works_while_waiting(exact):
     running, go_on, stop = threading.Event(), threading.Event(), threading.Event()
-    def hold(*_): running.set(); go_on.wait(20)
+    def hold(*_): running.set(); go_on.wait(PATIENCE)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(exact.generate, PROMPTS[0], **FAST, callback=hold)
-        assert running.wait(20)
+        assert running.wait(PATIENCE)
         second = pool.submit(exact.generate, PROMPTS[1], **FAST, cancel=stop)
         stop.set()
-        with pytest.raises(GenerationCancelled, match="after 0 of 2"): second.result(10)
+        with pytest.raises(GenerationCancelled, match="after 0 of 2"): second.result(PATIENCE)
         assert not first.done()
         go_on.set()
-        assert first.result(20) and not exact._turns.queue
+        assert first.result(PATIENCE) and not exact._turns.queue
 
 
 def test_a_long_job_lets_others_have_their_turn(exact):
@@ -573,7 +574,7 @@ def test_a_long_job_lets_others_have_their_turn(exact):
         PROMPTS * 2,
         num_inference_steps=1,
         progress=False,
-        callback=lambda done, *_: done == 1 and (thread.start(), asked.wait(20)),
+        callback=lambda done, *_: done == 1 and (thread.start(), asked.wait(PATIENCE)),
     )
     thread = threading.Thread(target=other)
     for _ in stream: finished.append("stream")
@@ -587,7 +588,7 @@ def test_close_waits_for_the_image_and_gives_the_memory_back(tmp_path):
     unet, running = weakref.ref(generator.pipeline.unet), threading.Event()
     with generator, ThreadPoolExecutor(1) as pool:
         job = pool.submit(generator.generate, PROMPTS[0], **FAST, callback=lambda *_: running.set())
-        running.wait(20)
+        running.wait(PATIENCE)
         generator.close()
         assert job.done() and job.result().size == (64, 64)
     assert registry.unload("tiny-sdxl") > 0  # a registry of one's own keeps what nobody uses
@@ -624,7 +625,7 @@ def leases(registry): return repr(registry).count("leased")
 def test_twenty_threads_that_ask_at_once_get_one_pipeline(registry, monkeypatch):
     loads, start = count_loads(monkeypatch), threading.Barrier(20)
     def ask(_):
-        start.wait(20)
+        start.wait(PATIENCE)
         return make(registry)
     with ThreadPoolExecutor(20) as pool: generators = list(pool.map(ask, range(20)))
     assert len({id(g.pipeline) for g in generators}) == 1 and len(loads) == 1
@@ -983,7 +984,7 @@ def test_a_file_that_is_no_image_of_ours_is_one_error_and_little_memory(tmp_path
             "for path in sorted(Path(sys.argv[1]).iterdir()):\n"
             "    try: read_metadata(path)\n"
             "    except ValueError as e: print(type(e).__name__, e)")
-    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path], capture_output=True, text=True, timeout=120)
+    out = subprocess.run([sys.executable, "-W", "ignore", "-c", code, tmp_path], capture_output=True, text=True, timeout=PATIENCE)
     lines = out.stdout.splitlines()
     assert len(lines) == len(BOMBS), out.stderr
     for i, (what, line) in enumerate(zip(BOMBS, lines)): assert line.startswith(f"ValidationError '{i:02}.png' "), what

@@ -10,6 +10,7 @@ from PIL import Image
 from pretended_gpu import pretended
 from safetensors.torch import save_file
 from tiny_pipelines import assemble, save
+from patience import PATIENCE
 
 from devsky_nb import PipelineGenerator, QuantizedSDXLGenerator, load_image, load_model, load_quantized_pipeline
 from devsky_nb.cli import lora_and_weight, main
@@ -502,7 +503,7 @@ from devsky_nb.cli import main
 for given in {calls}:
     assert main(["generate", "a dress", *(() if "--model" in given else ("--model", "tiny-sdxl")), *given, "--cache-dir", "hub"]) == 2, given
 print([name for name in ("torch", "transformers", "diffusers") if name in sys.modules])"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0 and done.stdout == "[]\n", (done.stdout, done.stderr)
     assert done.stderr.count("\n") == len(calls) and "or try things out with `--model tiny-sdxl`" in done.stderr
 

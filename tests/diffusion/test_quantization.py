@@ -16,6 +16,7 @@ from diffusers import PipelineQuantizationConfig, StableDiffusionXLPipeline, UNe
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from transformers import CLIPTextModel
 from transformers.quantizers import quantizer_bnb_4bit, quantizer_bnb_8bit
+from patience import PATIENCE
 
 from devsky_nb import QuantizedSDXLGenerator
 from devsky_nb.device import detect_device, MemoryInfo, process_memory, release_memory
@@ -172,7 +173,7 @@ def in_process(processes, target, *args):
     queue = processes.SimpleQueue()
     process = processes.Process(target=answer, args=(queue, target, *args))
     process.start()
-    process.join(60)
+    process.join(PATIENCE)
     assert process.exitcode == 0, process.exitcode
     return queue.get()
 
@@ -1029,7 +1030,7 @@ def test_a_killed_writer_leaves_nothing_that_counts(tmp_path, processes, usual):
 
 def load_and_draw(barrier, queue, cache):
     torch.set_num_threads(1)
-    barrier.wait(60)
+    barrier.wait(PATIENCE)
     pipeline = load(cache)
     queue.put((pipeline.load_report.checkpoint, pipeline.load_report.warnings, draw(pipeline).tobytes()))
 
@@ -1039,8 +1040,8 @@ def test_processes_that_load_at_once_agree(tmp_path, processes, usual):
     barrier, queue = processes.Barrier(3), processes.Queue()
     writers = [processes.Process(target=load_and_draw, args=(barrier, queue, tmp_path)) for _ in range(3)]
     for w in writers: w.start()
-    results = [queue.get(timeout=90) for _ in writers]
-    for w in writers: w.join(30)
+    results = [queue.get(timeout=PATIENCE) for _ in writers]
+    for w in writers: w.join(PATIENCE)
     assert [w.exitcode for w in writers] == [0, 0, 0]
     names, hidden = kept(tmp_path)
     assert len(names) == 1 and not hidden

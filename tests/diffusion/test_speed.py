@@ -10,6 +10,7 @@ import performance as benchmark
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
+from patience import PATIENCE
 
 from devsky_nb import QuantizedSDXLGenerator
 from devsky_nb.diffusion import speed
@@ -323,7 +324,7 @@ def test_calls_on_one_pipeline_take_turns_with_each_other_and_with_a_generator(p
         for thread in threads: thread.start()
         threading.Event().wait(.1)
         assert not most
-    for thread in threads: thread.join(120)
+    for thread in threads: thread.join(PATIENCE)
     assert max(most) == 1 and sorted(len(report.applied) for report in reports) == [0, 0, 1]
 
 

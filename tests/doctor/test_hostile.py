@@ -7,6 +7,7 @@ import json, os, random, resource, subprocess, sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from devsky_nb.doctor import flow
 from devsky_nb.doctor.scan import fix_source, scan_source
@@ -163,7 +164,7 @@ def test_a_megabyte_of_an_attack_stays_within_bounds(first, size, tmp_path):
     names = [*ATTACKS][first:first + BATCH]
     here = Path(__file__).parent
     program = MEASURE.format(root=str(ROOT), tests=str(here.parent), here=str(here), folder=str(tmp_path), names=names, size=size)
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stderr[-2000:]
     measured = [line.split("|") for line in done.stdout.splitlines()]
     assert [name for name, *_ in measured] == names

@@ -13,6 +13,7 @@ except RuntimeError:  # PyPI's, beside the CPU build of torch, lacks compiled op
 from transformers import (CLIPConfig, CLIPModel, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model,
                           Dinov2WithRegistersConfig, Dinov2WithRegistersModel, DINOv3ViTConfig, DINOv3ViTModel, SiglipVisionConfig,
                           SiglipVisionModel, ViTConfig, ViTModel)
+from patience import PATIENCE
 
 from devsky_nb import CLIPImageEmbedder, ModelRegistry
 from devsky_nb.embedding import backends as B, graphs as G, vision_graphs as V
@@ -240,7 +241,7 @@ def test_one_graph_for_the_same_weights_and_none_when_nobody_is_left():
     def work(i): got[i] = (first, second)[i % 2](x)
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
     for thread in threads: thread.start()
-    for thread in threads: thread.join(60)
+    for thread in threads: thread.join(PATIENCE)
     assert all(np.array_equal(vectors, got[0]) for vectors in got) and sessions() == before + 1
     V.GraphRunner(model, "projected", 8)(x)
     assert sessions() == before + 1  # the runner of eight bits is gone, and its graph with it

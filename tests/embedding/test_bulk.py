@@ -1,10 +1,11 @@
 "embed_images when things break: processes killed at every step, disks full or read-only, damaged and foreign files, sources that change."
-import json, os, re, shutil, signal, subprocess, sys, tarfile, time
+import json, os, re, shutil, signal, subprocess, sys, tarfile
 from pathlib import Path
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
 from hypothesis import example, given, settings, strategies as st
 from PIL import Image
+from patience import wait_until
 
 from devsky_nb import FolderIndex, Garment, render_garment
 from devsky_nb.embedding import bulk
@@ -239,13 +240,6 @@ def test_a_kill_while_everything_is_replaced_by_another_kind(embedder, fork, tmp
         elif code == -9: assert files(out) in (files(tmp_path / "start"), files(tmp_path / "end"))
         kill += 1
     assert code == 0 and announced > 4
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 def wait_for_work(out):

@@ -6,6 +6,7 @@ import numpy as np, pytest, torch
 from PIL import Image
 from practices_code import Document
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPVisionModelWithProjection
+from patience import PATIENCE
 
 from devsky_nb import CLIPImageEmbedder, embed_images, FolderIndex, ModelRegistry, ModelSpec
 from devsky_nb.embedding.precision import choose_precision
@@ -181,7 +182,7 @@ assert sizes[0] == 64 and len(sizes) > 2, sizes
 assert got.shape == (64, 512) and np.abs(got[:2] - expected).max() < 1e-5
 print("halved", min(sizes))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.startswith("halved"), done.stderr
 
 

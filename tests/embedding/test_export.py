@@ -3,6 +3,7 @@ import json, os, re, signal, subprocess, sys, warnings
 from pathlib import Path
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest
+from patience import PATIENCE
 
 from devsky_nb import FolderIndex, export_embeddings
 from devsky_nb.embedding import export as export_module
@@ -168,7 +169,7 @@ print(len(steps))
 """
 
 
-def killed_at(step, out, dest, to): return subprocess.run([sys.executable, "-c", KILLED, out, dest, str(step), to], capture_output=True, text=True, timeout=120)
+def killed_at(step, out, dest, to): return subprocess.run([sys.executable, "-c", KILLED, out, dest, str(step), to], capture_output=True, text=True, timeout=PATIENCE)
 
 
 def is_whole(dest, to):
@@ -235,7 +236,7 @@ except DevSkyyError as e: print("refused:", e.message)
 def full_disk(tmp_path, to, *libraries):
     dataset(tmp_path / "v", n=2000, dim=64, shard_rows=1000)
     (tmp_path / "places").mkdir()
-    done = subprocess.run([sys.executable, "-c", FULL, tmp_path / "v", tmp_path / "places" / "a", to, *libraries], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", FULL, tmp_path / "v", tmp_path / "places" / "a", to, *libraries], capture_output=True, text=True, timeout=PATIENCE)
     assert "refused: cannot" in done.stdout and "What was there is as it was" in done.stdout, (done.stdout, done.stderr[-2000:])
     assert os.listdir(tmp_path / "places") == []
 
@@ -322,7 +323,7 @@ def test_the_memory_does_not_grow_with_the_data_set(large, tmp_path, to):
     source, kept = large
     libraries = [LIBRARIES[to]] if to in LIBRARIES else []
     plain = os.environ | {"ARROW_DEFAULT_MEMORY_POOL": "system", "MALLOC_ARENA_MAX": "1"}  # allocators that give back what they had
-    done = subprocess.run([sys.executable, "-c", MEMORY, source, tmp_path / "a", to, *libraries], capture_output=True, text=True, timeout=300, env=plain)
+    done = subprocess.run([sys.executable, "-c", MEMORY, source, tmp_path / "a", to, *libraries], capture_output=True, text=True, timeout=PATIENCE, env=plain)
     rows, grown = map(int, done.stdout.split())
     assert rows == kept and grown < kept * 512 * 4 / 2, (rows, grown / 1e6)
 

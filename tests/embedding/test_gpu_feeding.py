@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np, pyarrow.parquet as pq, pytest, torch
 from PIL import Image
+from patience import PATIENCE
 
 from devsky_nb import CLIPImageEmbedder, embed_images, ImageEmbedder, ImagePolicy, load_image, ModelRegistry
 from devsky_nb.embedding import feeding, precision
@@ -233,7 +234,7 @@ def test_many_threads_share_one_embedder():
         e, got = embedder("cuda"), {}
         threads = [threading.Thread(target=lambda i=i: got.update({i: e.encode_images_batch(noise(9), 3)})) for i in range(4)]
         for thread in threads: thread.start()
-        for thread in threads: thread.join(60)
+        for thread in threads: thread.join(PATIENCE)
     assert all(torch.equal(got[i], wanted) for i in range(4))
 
 

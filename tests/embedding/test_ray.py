@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np, pyarrow.parquet as pq, pytest
 from hubcache import make_repo
+from patience import wait_until
 from PIL import Image
 from safetensors.numpy import load_file, save
 
@@ -67,12 +68,6 @@ def alive(pid: int) -> bool:
     try: return "Z" not in Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[0]
     except FileNotFoundError: return False
 
-def wait(condition, seconds: float = 120.) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(.005)
-
 def in_background(work, *args) -> threading.Thread:
     thread = threading.Thread(target=work, args=args, daemon=True)
     thread.start()
@@ -82,18 +77,18 @@ def in_background(work, *args) -> threading.Thread:
 @pytest.mark.slow
 def test_a_worker_is_killed_after_ctrl_c_and_the_data_set_is_that_of_one_process(shop, embedder, expected, cluster, tmp_path):
     def interrupt():
-        wait(lambda: list((tmp_path / ".devsky" / SLICES).glob("*.parquet")))
+        wait_until(lambda: list((tmp_path / ".devsky" / SLICES).glob("*.parquet")))
         os.kill(os.getpid(), signal.SIGINT)
     waiting = in_background(interrupt)
     with pytest.raises(KeyboardInterrupt): embed_images(shop, tmp_path, embedder, engine=RayEngine(actors=1, cpus=1), **SIZES)
     waiting.join()
     done, first = [p.name for p in (tmp_path / ".devsky" / SLICES).glob("*.parquet")], {a for n in range(5) for a in attempts(tmp_path, n)}
     assert 1 <= len(done) < 5 and not files(tmp_path)
-    wait(lambda: not any(alive(pid) for _, pid in first), 30)
+    wait_until(lambda: not any(alive(pid) for _, pid in first))
 
     killed = []
     def kill():
-        wait(lambda: any(run not in {r for r, _ in first} for n in range(5) for run, _ in attempts(tmp_path, n)))
+        wait_until(lambda: any(run not in {r for r, _ in first} for n in range(5) for run, _ in attempts(tmp_path, n)))
         killed.append(next(pid for n in range(5) for run, pid in attempts(tmp_path, n) if run not in {r for r, _ in first}))
         os.kill(killed[0], signal.SIGKILL)
     killing = in_background(kill)
@@ -132,10 +127,10 @@ def test_the_driver_is_killed(shop, embedder, expected, cluster, tmp_path):
             "e = apply_receipt(CLIPImageEmbedder('tiny-clip', device='cpu'), Receipt.from_dict(json.loads(sys.argv[3])))\n"
             "embed_images(sys.argv[1], sys.argv[2], e, engine=RayEngine(1, 1), batch_size=8, shard_rows=12)")
     driver = subprocess.Popen([sys.executable, "-c", code, shop, tmp_path, json.dumps(embedder.receipt.to_dict())], env=os.environ | {"RAY_ADDRESS": ray.get_runtime_context().gcs_address}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait(lambda: list((tmp_path / ".devsky" / SLICES).glob("*.parquet")) or driver.poll() is not None)
+    wait_until(lambda: list((tmp_path / ".devsky" / SLICES).glob("*.parquet")) or driver.poll() is not None)
     driver.kill()
     assert driver.wait() == -signal.SIGKILL
-    wait(lambda: not any(alive(pid) for n in range(5) for _, pid in attempts(tmp_path, n)), 60)
+    wait_until(lambda: not any(alive(pid) for n in range(5) for _, pid in attempts(tmp_path, n)))
     report = embed_images(shop, tmp_path, embedder, **SIZES)
     assert files(tmp_path) == expected[1] and report.reused >= 10
 

@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np, pyarrow as pa, pyarrow.parquet as pq, pytest, threadpoolctl, torch
 from hypothesis import given, settings, strategies as st
+from patience import PATIENCE
 
 from devsky_nb.embedding.bulk import embed_images
 from devsky_nb.embedding.embedder import CLIPImageEmbedder
@@ -437,7 +438,7 @@ try: all_pairs(interrupted)
 except KeyboardInterrupt: print(len(begun), [t.name for t in threading.enumerate() if t.name.startswith("devsky-pairs")])
 """
     done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OPENBLAS_NUM_THREADS": "2", "OMP_NUM_THREADS": "2"},
-                          capture_output=True, text=True, timeout=120)
+                          capture_output=True, text=True, timeout=PATIENCE)
     whole, begun, threads = done.stdout.split(maxsplit=2)
     assert threads == "[]\n" and int(begun) < int(whole) / 2, done.stdout
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from PIL import Image
+from patience import PATIENCE
 
 from devsky_nb import CLIPImageEmbedder, estimate_vram, load_model, ModelRegistry, plan_vram
 from devsky_nb.errors import DevSkyyError, ModelLoadError, ValidationError
@@ -158,7 +159,7 @@ def test_a_number_that_no_network_has_is_refused_at_once_with_its_name(clip, par
     (clip / "config.json").write_text(json.dumps(config), encoding="utf-8")
     started = time.monotonic()
     with pytest.raises(ModelLoadError) as e: check_configs(clip)
-    assert time.monotonic() - started < 20  # a network of this size would take hours
+    assert time.monotonic() - started < PATIENCE  # a network of this size would take hours
     assert f"{part}{'.' * bool(part)}{field}={value!r:.20}".rstrip(".") in e.value.message
 
 
@@ -205,7 +206,7 @@ def test_a_pipe_in_the_place_of_a_configuration_is_not_waited_for(sdxl, file):
     (sdxl / file).unlink(missing_ok=True)
     os.mkfifo(sdxl / file)
     code = f"from devsky_nb.hub.configs import check_configs; from pathlib import Path; check_configs(Path({str(sdxl)!r}))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env=OFFLINE)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, env=OFFLINE)
     assert "no regular file" in done.stderr and Path(file).name in done.stderr
 
 
@@ -308,11 +309,11 @@ def test_no_call_runs_code_that_a_folder_brings_whatever_standard_input_says(mod
     code = CALLS.format(calls=", ".join(PUBLIC) + ",")
     if model == TINY:
         raw = f"import transformers\ntransformers.AutoConfig.from_pretrained({str(folder)!r})"
-        subprocess.run([sys.executable, "-c", raw], input="y\n" * 1000, capture_output=True, text=True, timeout=600, env=OFFLINE)
+        subprocess.run([sys.executable, "-c", raw], input="y\n" * 1000, capture_output=True, text=True, timeout=PATIENCE, env=OFFLINE)
         assert marker.exists(), "transformers does not run it, so this test shows nothing"
         marker.unlink()
     done = subprocess.run([sys.executable, "-c", code, str(folder)], input="y\n" * 1000, capture_output=True, text=True,
-                          timeout=600, env=OFFLINE)
+                          timeout=PATIENCE, env=OFFLINE)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     errors = [line for line in lines if re.match(r"(\w+Error|RefusedModel) |NO ERROR", line)]
@@ -332,7 +333,7 @@ def test_no_command_runs_code_that_a_folder_brings(model, command, tmp_path):
     names = {"folder": folder, "out": tmp_path / "out", "images": tmp_path / "images"}
     args = [word.format(**names) for word in command]
     done = subprocess.run([sys.executable, "-m", "devsky_nb", *args], input="y\n" * 1000, capture_output=True, text=True,
-                          timeout=300, env=OFFLINE)
+                          timeout=PATIENCE, env=OFFLINE)
     assert done.returncode == 2 and "evil" in done.stdout + done.stderr, done.stderr
     assert "Traceback" not in done.stderr and "[y/N]" not in done.stdout + done.stderr
     assert not marker.exists()
@@ -387,7 +388,7 @@ def kernels(tmp_path):
 
 
 def python(code, env, *args):
-    return subprocess.run([sys.executable, "-c", PRETENDED + code, *map(str, args)], capture_output=True, text=True, timeout=300, env=env)
+    return subprocess.run([sys.executable, "-c", PRETENDED + code, *map(str, args)], capture_output=True, text=True, timeout=PATIENCE, env=env)
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@ import hashlib, json, multiprocessing, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from devsky_nb.errors import ModelLoadError
 from devsky_nb.hub import weights
@@ -153,13 +154,13 @@ def test_a_disk_that_takes_no_record_stops_nothing(kind, tmp_path, hub, fresh):
             "from pathlib import Path; from devsky_nb.hub.weights import file_digest;"
             "print(file_digest(Path(sys.argv[1]), sys.argv[2]))")
     if kind == "too large":
-        out = subprocess.run([sys.executable, "-c", code, file, hub], capture_output=True, text=True, timeout=60)
+        out = subprocess.run([sys.executable, "-c", code, file, hub], capture_output=True, text=True, timeout=PATIENCE)
         assert out.stdout.strip() == sha256(OLD) and not list(place.iterdir()), out.stderr
     assert file_digest(file, hub) == sha256(OLD)
 
 
 def digest_in_process(queue, barrier, file, hub):
-    barrier.wait(60)
+    barrier.wait(PATIENCE)
     queue.put(file_digest(file, hub))
 
 
@@ -169,7 +170,7 @@ def test_processes_that_ask_at_once_agree(tmp_path, hub):
     barrier, queue = context.Barrier(3), context.SimpleQueue()
     workers = [context.Process(target=digest_in_process, args=(queue, barrier, file, hub)) for _ in range(3)]
     for worker in workers: worker.start()
-    for worker in workers: worker.join(60)
+    for worker in workers: worker.join(PATIENCE)
     assert [queue.get() for _ in workers] == [sha256(OLD)] * 3
     assert [p.name for p in hub.with_name("hub-digests").iterdir()] == [digest_record(identity_of(file.stat()), hub).name]
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from lyinghub import COMMIT, FILES, LyingHub
+from patience import PATIENCE, wait_until
 
 from devsky_nb.errors import DevSkyyError, ModelNotFoundError
 from devsky_nb.hub import fetch as fetching
@@ -100,7 +101,7 @@ for number, name in enumerate(["truth", *t.ATTACKS]):
     tmp = Path(sys.argv[1], str(number))
     tmp.mkdir()
     with t.LyingHub(t.placed(lies, str(tmp))) as hub:
-        limits = fetch.FetchLimits(30, lies.get("max_bytes", 2**20))
+        limits = fetch.FetchLimits(t.PATIENCE, lies.get("max_bytes", 2**20))
         request = fetch.FetchRequest("shop/clip", "main", ("*.json", "*.safetensors"), None, str(tmp / "hub"), hub.address, limits)
         said = fetch.answer(request, fetch.FetchGuard(limits))
         outside = [str(p) for p in tmp.iterdir() if p.name != "hub"]
@@ -122,7 +123,7 @@ def answers(tmp_path_factory):
     tests = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     env = os.environ | {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
                         "PYTHONPATH": os.pathsep.join([*tests, *sys.path]), "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path_factory.mktemp("attacks"))], capture_output=True, text=True, timeout=300, env=env)
+    done = subprocess.run([sys.executable, "-c", RUN, str(tmp_path_factory.mktemp("attacks"))], capture_output=True, text=True, timeout=PATIENCE, env=env)
     lines = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(lines) == len(ATTACKS) + 1, done.stderr[-3000:]
     return {name: rest for name, *rest in lines}
@@ -172,7 +173,7 @@ def request(hub, tmp_path, seconds): return FetchRequest("shop/clip", "main", ("
 def test_a_trickle_is_given_up_in_time(lies, online, tmp_path):
     start = time.monotonic()
     with LyingHub(lies) as hub, pytest.raises(NotFetched, match="not fetched within 2 s"): fetch_apart(request(hub, tmp_path, 2))
-    assert time.monotonic() - start < 40
+    assert time.monotonic() - start < PATIENCE
 
 
 @pytest.mark.slow
@@ -210,12 +211,9 @@ def test_a_fetch_ends_with_whoever_wanted_it(end, online, tmp_path):
     with LyingHub({"file": "drip", "headers": {"X-Linked-Size": "10000000"}}) as hub:
         code = f"from devsky_nb.hub.fetch import fetch_apart, FetchLimits, FetchRequest\nfetch_apart(FetchRequest('shop/clip', 'main', ('*.json',), None, {str(tmp_path / 'hub')!r}, {hub.address!r}, FetchLimits(500)))"
         parent = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)
-        stop = time.monotonic() + 60
-        while not any("/resolve/" in path for _, path in hub.log):
-            assert time.monotonic() < stop
-            time.sleep(.1)
+        wait_until(lambda: any("/resolve/" in path for _, path in hub.log), pause=.1)
         parent.send_signal(end)
-        parent.wait(60)
+        parent.wait(PATIENCE)
         time.sleep(1)
         asked = threading.active_count()
         hub.lies["file"] = None
@@ -230,7 +228,7 @@ def test_the_limits_are_options_of_the_command(tmp_path):
     with LyingHub({"file": "drip", "headers": {"X-Linked-Size": "10000000"}}) as hub:
         for option, message in ((["--max-bytes", "1kB"], "it has 6.9 KiB, more than 1000 B (--max-bytes)"), (["--timeout", "3"], "not fetched within 3 s (--timeout)")):
             command = [sys.executable, "-c", "import sys; from devsky_nb.cli import main; sys.exit(main())", "models", "prefetch", "shop/clip", "--cache-dir", str(tmp_path / "hub"), *option]
-            done = subprocess.run(command, capture_output=True, text=True, env=env | {"HF_ENDPOINT": hub.address}, timeout=200)
+            done = subprocess.run(command, capture_output=True, text=True, env=env | {"HF_ENDPOINT": hub.address}, timeout=PATIENCE)
             assert message in done.stderr and "Traceback" not in done.stderr
             assert done.returncode != 0
 
@@ -270,7 +268,7 @@ def test_whatever_stands_in_the_way_of_a_fetch_is_said_or_replaced(place, state,
     else: state(path)
     with LyingHub({}) as hub:
         monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", hub.address)
-        try: assert download(find_spec("shop/clip"), "main", tmp_path / "hub", limits=FetchLimits(20)).name == COMMIT
+        try: assert download(find_spec("shop/clip"), "main", tmp_path / "hub", limits=FetchLimits(PATIENCE)).name == COMMIT
         except DevSkyyError as e: assert str(tmp_path / "hub") in str(e)
         else: assert (tmp_path / "hub" / REPO / "refs" / "main").read_text() == COMMIT
     assert [p.name for p in out.iterdir()] == ["precious"] and (out / "precious").read_text() == "precious"

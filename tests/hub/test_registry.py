@@ -6,6 +6,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from patience import PATIENCE, wait_until
 
 from devsky_nb.device import check_device
 from devsky_nb.errors import DevSkyyError, InsufficientMemoryError, MLError, ModelLoadError, ModelNotFoundError, ValidationError
@@ -47,7 +48,7 @@ def versions_in_memory(r): return [(model.name, Path(model.key.folder).name) for
 def held_bytes(r): return sum(model.bytes for model in r._memory.models.values())
 
 
-def python(code, *args, env={}, timeout=60):
+def python(code, *args, env={}, timeout=PATIENCE):
     return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, **env})
 
@@ -406,7 +407,7 @@ def test_threads_that_lease_more_than_fits_keep_the_limit_and_their_models(shop,
     size, bad, refused, leased, enough = model_bytes(load_model("tiny-clip", "cpu")), [], [], {k: 0 for k in range(4)}, 5
     r = make_registry(shop, max_bytes=2 * size + 1000)
     names = ["clip", "other", "tiny-clip", "shop/clip"]
-    stop = time.monotonic() + 120  # if the others hold everything for ever
+    stop = time.monotonic() + PATIENCE  # if the others hold everything for ever
 
     def work(k):
         "Go on until each thread has had enough leases and somebody none, so that there is always someone to contend with."
@@ -582,7 +583,7 @@ def test_a_fork_while_another_thread_holds_the_locks_leaves_the_child_free(tmp_p
 
 def test_loads_of_different_models_do_not_wait_for_each_other(shop):
     import torch
-    r, both = make_registry(shop), threading.Barrier(2, timeout=20)
+    r, both = make_registry(shop), threading.Barrier(2, timeout=PATIENCE)
 
     def build(folder, device, dtype):
         both.wait()  # passes only if the other load is running too
@@ -875,17 +876,16 @@ for i in range(int(sys.argv[3])):
 def test_processes_lock_without_losing_a_version(tmp_path):
     lock = tmp_path / "lock.json"
     ps = [subprocess.Popen([sys.executable, "-c", PROMOTE, lock, f"m{i % 2}", "15"]) for i in range(4)]
-    assert [p.wait(60) for p in ps] == [0] * 4
+    assert [p.wait(PATIENCE) for p in ps] == [0] * 4
     assert {k: len(v) for k, v in load_lock(lock).items()} == {"m0": 30, "m1": 30}
 
 
 def test_a_killed_process_leaves_a_valid_lockfile(tmp_path):
     lock = tmp_path / "lock.json"
     for versions in (1, 5, 20, 40):
-        p, stop = subprocess.Popen([sys.executable, "-c", PROMOTE, lock, "m", "100000"]), time.monotonic() + 60
-        while len(load_lock(lock).get("m", ())) < versions:
-            assert time.monotonic() < stop and p.poll() is None
-            time.sleep(.001)
+        p = subprocess.Popen([sys.executable, "-c", PROMOTE, lock, "m", "100000"])
+        wait_until(lambda: len(load_lock(lock).get("m", ())) >= versions or p.poll() is not None, pause=.001)
+        assert p.poll() is None
         p.send_signal(signal.SIGKILL)
         p.wait()
         assert len(load_lock(lock)["m"]) >= versions

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np, psutil, pytest
 from PIL import ExifTags, GifImagePlugin, Image, ImageCms, ImageFile, ImageOps, PngImagePlugin
 from transformers.image_transforms import convert_to_rgb
+from patience import PATIENCE
 
 from devsky_nb.errors import DevSkyyError, FileNotFoundError, ValidationError
 from devsky_nb.images import files
@@ -119,7 +120,7 @@ def test_special_files_neither_block_nor_crash(tmp_path):
         names = ("pipe.jpg", "socket.jpg", "loop.jpg", "dangling.jpg", "a.jpg/b.jpg", ".")
         worker = threading.Thread(target=lambda: found.update({n: refusal(tmp_path / n) for n in names}), daemon=True)
         worker.start()
-        worker.join(60)
+        worker.join(PATIENCE)
     assert not worker.is_alive(), "a special file blocked"
     assert found == {"pipe.jpg": "not-a-file", "socket.jpg": "not-a-file", "loop.jpg": "unreadable", "dangling.jpg": "missing",
                      "a.jpg/b.jpg": "missing", ".": "not-a-file"}
@@ -175,7 +176,7 @@ def test_root_confines_while_links_are_exchanged(tmp_path, swap):
     worker.start()
     try: found = Counter(str(r) if isinstance(r := outcome(path, ImagePolicy(root=root)), str) else r.getpixel((0, 0))
                          for _ in range(1500))
-    finally: stop.set(); worker.join(60)
+    finally: stop.set(); worker.join(PATIENCE)
     assert set(found) <= {(255, 0, 0), "missing", "outside-root", "unreadable"} and found[255, 0, 0] > 10, found
 
 
@@ -415,7 +416,7 @@ print(peak() - before, policy.memory_cap, *done, sep="\\n")
 
 def peak_memory(policy, *paths):
     run = subprocess.run([sys.executable, "-c", PEAK, str(policy.max_pixels), str(policy.max_bytes), *map(str, paths)],
-                         capture_output=True, text=True, timeout=60)
+                         capture_output=True, text=True, timeout=PATIENCE)
     assert run.returncode == 0 and not run.stderr, run.stderr
     peak, cap, *done = run.stdout.splitlines()
     return int(peak), int(cap), done

@@ -8,6 +8,7 @@ import pandas as pd, pyarrow as pa, pyarrow.parquet as pq, pytest
 from PIL import Image
 
 from archives import make_tar
+from patience import PATIENCE
 from devsky_nb.embedding.plan import SourcePlan
 from devsky_nb.errors import ValidationError
 from devsky_nb.images.folders import ImageFolder, ImageList, READ_BEFORE, READ_THERE, LOOP, VECTORS, expand_pattern
@@ -298,7 +299,7 @@ def test_a_damaged_list_is_one_error_with_its_place(tmp_path, name, data):
 def test_a_list_that_is_no_file_never_waits(tmp_path):
     os.mkfifo(tmp_path / "a.csv")
     code = f"from devsky_nb.images.sources import *; from devsky_nb.images.lists import ListedImages; list(ListedImages({str(tmp_path / 'a.csv')!r}).parts())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert "it is no regular file" in done.stderr
 
 

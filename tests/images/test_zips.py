@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from patience import PATIENCE
 
 from devsky_nb.embedding.plan import SourcePlan
 from devsky_nb.errors import DevSkyyError
@@ -158,5 +159,5 @@ def test_a_million_members_are_listed_in_little_memory(tmp_path):
         f.write(struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 0xFFFF, 0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF, 0))
     code = (f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[1])!r})\nfrom resident import peak\nfrom devsky_nb.images.zips import zip_items\n"
             f"before = peak()\nn = sum(part.problem is None for part in zip_items({str(tmp_path / 'a.zip')!r}, 'a.zip'))\nprint(n, peak() - before >> 20)")
-    n, grown = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120).stdout.split())
+    n, grown = map(int, subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=PATIENCE).stdout.split())
     assert n == entries and grown < 15, grown

@@ -6,6 +6,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt, numpy as np, pytest, torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+from patience import PATIENCE
 
 from devsky_nb import QuantizedSDXLGenerator
 from devsky_nb.errors import ValidationError
@@ -282,9 +283,9 @@ def test_two_threads_two_monitors_two_pipelines(pipeline):
     pipelines, barrier = [pipeline, load()], threading.Barrier(2)
     def work(p):
         with VramMonitor(p, interval=.002) as m:
-            barrier.wait(30)
+            barrier.wait(PATIENCE)
             for _ in range(2): draw(p)
-            barrier.wait(30)
+            barrier.wait(PATIENCE)
         return m.timeline
     with ThreadPoolExecutor(2) as pool: timelines = list(pool.map(work, pipelines))
     assert [[p for p, *_ in t.spans] for t in timelines] == [PHASES * 2] * 2
@@ -295,7 +296,7 @@ def test_one_monitor_two_threads(pipeline):
     with VramMonitor(device="cpu") as m:
         for p in pipelines: m.watch(p)
         def work(i):
-            barrier.wait(30)
+            barrier.wait(PATIENCE)
             with m.phase(f"thread {i}"): draw(pipelines[i])
         with ThreadPoolExecutor(2) as pool: list(pool.map(work, range(2)))
     found = [p for p, *_ in m.timeline.spans]
@@ -326,7 +327,7 @@ def test_an_error_while_sampling_is_told_once_and_the_job_goes_on(pipeline, capl
     def gone(): failed.set(); raise RuntimeError("driver lost")
     with caplog.at_level(logging.WARNING), VramMonitor(pipeline, interval=.001) as m:
         m._meter.read = gone
-        assert failed.wait(30)
+        assert failed.wait(PATIENCE)
         assert draw(pipeline).size == (64, 64)
     assert [r.message for r in caplog.records] == ["memory of cpu is not measured any more: RuntimeError: driver lost"]
     assert m.timeline.error == "RuntimeError: driver lost" and [p for p, *_ in m.timeline.spans] == PHASES and hooks(pipeline) == before
@@ -341,7 +342,7 @@ def test_the_thread_is_a_daemon_and_stops_at_once_whatever_the_interval():
 def test_a_process_with_an_exception_inside_ends_cleanly(end):
     code = ("import sys\nfrom devsky_nb.memory.monitor import VramMonitor\n"
             f"with VramMonitor(device='cpu', interval=3600.) as m:\n    with m.phase('load'): {end}")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == (3 if "exit" in end else 1) and "Fatal" not in done.stderr
     if "exit" in end: assert done.stderr == ""
     else:
@@ -351,7 +352,7 @@ def test_a_process_with_an_exception_inside_ends_cleanly(end):
 
 def test_a_process_that_never_leaves_the_block_ends():
     code = "from devsky_nb.memory.monitor import VramMonitor\nm = VramMonitor(device='cpu').__enter__()\nprint('end')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE)
     assert (done.returncode, done.stdout, done.stderr) == (0, "end\n", "")
 
 

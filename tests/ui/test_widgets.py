@@ -6,6 +6,7 @@ import nbformat, numpy as np, pytest
 from ipywidgets import HTML
 from nbclient import NotebookClient
 from PIL import Image
+from patience import PATIENCE, wait_until
 
 import devsky_nb._core
 from devsky_nb import (cache_manager, embedding_explorer, memory_planner, quantization_explorer, validation_review,
@@ -51,17 +52,11 @@ def held(panel, text, **options):
     begun, go = threading.Event(), threading.Event()
     def work(job):
         begun.set()
-        assert go.wait(60)
+        assert go.wait(PATIENCE)
         show(text)(job)
     panel.ask(text, work, **options)
-    assert begun.wait(60)
+    assert begun.wait(PATIENCE)
     return go
-
-def until(true, seconds=60.):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end
-        time.sleep(.01)
 
 
 def test_only_the_newest_request_is_shown(panel):
@@ -89,10 +84,10 @@ def test_cancel_stops_the_work(panel):
         for n in range(job.total): time.sleep(.001); job.tick(); count.append(n)
     show("before")(Job(panel, "", None))
     panel.ask("counting", work)
-    until(lambda: len(count) > 5 and "of 1,000,000" in panel.status.value)
+    wait_until(lambda: len(count) > 5 and "of 1,000,000" in panel.status.value)
     assert not panel.cancel_button.disabled and panel.progress_bar.max == 10**6
     panel.cancel_button.click()
-    panel.wait(60)
+    panel.wait(PATIENCE)
     n = len(count)
     time.sleep(.05)
     assert len(count) == n and "cancelled after" in panel.status.value and panel.cancel_button.disabled
@@ -174,13 +169,13 @@ def test_without_its_library_a_widget_says_how_to_install_it():
         code.append(f"for name in {missing}: del sys.modules[name]")
         extras = "diffusion,ui" if "diffusers" in missing else "ui"
         told += [f"MissingLibrary this needs {' and '.join(missing)}: run pip install 'devsky_nb[{extras}]'"] * len(calls)
-    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", "\n".join(code)], capture_output=True, text=True, timeout=PATIENCE)
     assert done.stdout.splitlines() == told, done.stderr
 
 
 @pytest.fixture(scope="module")
 def planner():
-    p = memory_planner("sdxl-base", "8GB").wait(600)  # with other libraries than the packaged traces name, they are taken first
+    p = memory_planner("sdxl-base", "8GB").wait(PATIENCE)  # with other libraries than the packaged traces name, they are taken first
     yield p
     p.close()
 
@@ -209,7 +204,7 @@ def test_planner_follows_its_controls(planner):
     assert ("1024² own", 0) in planner.controls.size.options
 
 def test_planner_says_when_nothing_fits():
-    planner = memory_planner("sdxl-base", "500MB").wait(600)
+    planner = memory_planner("sdxl-base", "500MB").wait(PATIENCE)
     assert "nothing fits. The least is" in planner.verdict.value
     assert planner.ranked.options == ()
     assert "✗" in planner.plot.value
@@ -236,9 +231,9 @@ def test_planner_takes_models_and_revisions_of_its_registry(tmp_path):
     make_repo(tmp_path, "shop/clip", files, refs={"main": NEW})
     registry = ModelRegistry(tmp_path, offline=True)
     registry.register(ModelSpec("ours", "shop/clip", "clip"))
-    planner = memory_planner("ours", "1GB", registry=registry).wait(600)
+    planner = memory_planner("ours", "1GB", registry=registry).wait(PATIENCE)
     assert "ours" in planner.controls.model.options
-    old = memory_planner("ours", "1GB", registry=registry, revision=OLD).wait(600)
+    old = memory_planner("ours", "1GB", registry=registry, revision=OLD).wait(PATIENCE)
     assert old.options[0].estimate.peak_allocated > planner.options[0].estimate.peak_allocated
     old.controls.model.value = "tiny-clip"  # the revision is not one of this model
     assert old.wait().error is None
@@ -254,7 +249,7 @@ def test_planning_tells_how_far_it_is_and_can_be_ended():
 
 def test_explorer_draws_cancels_and_draws_again():
     explorer = quantization_explorer(prompt="a blue dress", seed=1, steps=50, device="cpu")
-    until(lambda: explorer.job is not None and explorer.job.done > 1, 60)
+    wait_until(lambda: explorer.job is not None and explorer.job.done > 1)
     explorer.cancel_button.click()
     explorer.wait()
     assert "cancelled after" in explorer.status.value and explorer.comparison.value == ""
@@ -356,7 +351,7 @@ def test_embedding_goes_on_where_it_was_cancelled(tmp_path, embedder):
     for n in range(300):
         Image.fromarray(rng.integers(0, 255, (64, 64, 3), np.uint8)).save(folder / f"{n:03}.png", compress_level=0)
     look = embedding_explorer(folder, embedder, out=tmp_path / "out")
-    until(lambda: look.job is not None and look.job.done >= 64)
+    wait_until(lambda: look.job is not None and look.job.done >= 64)
     look.cancel()
     look.wait()
     assert "embedding: cancelled after" in look.status.value and look.index is None
@@ -551,7 +546,7 @@ def test_the_verdict_of_a_review_is_in_words_and_in_a_colour(catalogue, embedder
 def test_checking_can_be_cancelled(embedder, catalogue):
     images = [e for e in catalogue[1]["images"] if e["condition"] == "good"] * 40
     r = validation_review({"images": [e | {"id": n} for n, e in enumerate(images)]}, embedder)
-    until(lambda: r.job is not None and r.job.done > 10)
+    wait_until(lambda: r.job is not None and r.job.done > 10)
     r.cancel()
     assert "cancelled after" in r.wait().status.value and r.report is None
     r.controls.export.click()
@@ -670,7 +665,7 @@ def test_timeline_is_drawn_while_it_measures():
     watch.plot.observe(lambda change: drawn.add(change["new"]), "value")
     with watch:
         with watch.monitor.phase("load"): garment = np.ones(40 * 2**20, np.uint8)
-        until(lambda: len(drawn) > 2)
+        wait_until(lambda: len(drawn) > 2)
     assert "measuring" not in watch.wait().status.value and watch.monitor is None and "load" in watch.table.value
     assert "<img" in html(watch) and garment.any()
     watch.controls.start.click()
@@ -678,7 +673,7 @@ def test_timeline_is_drawn_while_it_measures():
     watch.act(watch.start)
     assert "measures already" in watch.status.value
     watch.cancel_button.click()  # as good as Stop
-    assert watch.wait(10).monitor is None and not [t for t in threading.enumerate() if t.name == "VramMonitor"]
+    assert watch.wait(PATIENCE).monitor is None and not [t for t in threading.enumerate() if t.name == "VramMonitor"]
     watch.controls.start.click()
     watch.close()
     assert not [t for t in threading.enumerate() if t.name == "VramMonitor"]
@@ -690,7 +685,7 @@ with vram_timeline(device="cpu") as watch:
     if FAILS: raise MemoryError("too large")"""
     cells = [nbformat.v4.new_code_cell(code.replace("FAILS", fails)) for fails in ("False", "True")]
     notebook = nbformat.v4.new_notebook(cells=cells)
-    NotebookClient(notebook, timeout=300, kernel_name="python3", allow_errors=True).execute()
+    NotebookClient(notebook, timeout=PATIENCE, kernel_name="python3", allow_errors=True).execute()
     for cell, failed in zip(notebook.cells, ([], ["MemoryError"])):
         shown = [output for output in cell.outputs if output.output_type == "display_data"]
         assert len(shown) == 1 and shown[0].data["text/plain"] == "VRAM timeline"

@@ -1,11 +1,12 @@
 "The widgets in JupyterLab and Notebook 7: started for real, driven by keyboard and mouse, with a silent console."
-import json, os, re, secrets, shutil, socket, subprocess, sys, time, urllib.request
+import json, os, re, secrets, shutil, socket, subprocess, sys, urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat, pytest
 
 from browser import open_page, unavailable
+from patience import PATIENCE, wait_until
 
 pytestmark = pytest.mark.browser
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,8 +42,8 @@ def lab(tmp_path_factory):
     log = (home / "lab.log").open("w", encoding="utf-8")
     server = subprocess.Popen(command, cwd=home, env=env, stdout=log, stderr=subprocess.STDOUT)
     try:
-        wait_until(lambda: answers(f"http://127.0.0.1:{port}/api?token={TOKEN}"), 90,
-                   lambda: (home / "lab.log").read_text(encoding="utf-8")[-2000:], server)
+        wait_until(lambda: server.poll() is not None or answers(f"http://127.0.0.1:{port}/api?token={TOKEN}"), pause=.2)
+        assert server.poll() is None, (home / "lab.log").read_text(encoding="utf-8")[-2000:]
         yield f"http://127.0.0.1:{port}", home
     finally:
         server.terminate()
@@ -54,13 +55,6 @@ def lab(tmp_path_factory):
 def answers(url):
     try: return urllib.request.urlopen(url, timeout=5).status == 200
     except OSError: return False
-
-
-def wait_until(true, seconds, story, server):
-    end = time.monotonic() + seconds
-    while not true():
-        if server.poll() is not None or time.monotonic() > end: pytest.fail(f"JupyterLab did not start: {story()}")
-        time.sleep(.2)
 
 
 def write_notebook(home, name, *sources):
@@ -76,14 +70,14 @@ def open_notebook(page, address, name, app="lab"):
     where = f"lab/workspaces/{secrets.token_hex(4)}/tree" if app == "lab" else app
     page.goto(f"{address}/{where}/nbs/{name}.ipynb?token={TOKEN}")
     kernel = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel"
-    page.wait_for_function(f"() => {kernel}?.status === 'idle'", timeout=120_000)
+    page.wait_for_function(f"() => {kernel}?.status === 'idle'", timeout=PATIENCE * 1000)
 
 
 def run_all(page):
     "Run every cell, as the menu does."
     run = "window.jupyterapp.commands.execute('notebook:run-all-cells')"
     page.evaluate(f"() => {{ window.ran = null; {run}.then(well => {{ window.ran = [well] }}) }}")
-    page.wait_for_function("() => window.ran", timeout=240_000)
+    page.wait_for_function("() => window.ran", timeout=PATIENCE * 1000)
     for kind in ("error", "stderr"):
         assert page.locator(f"[data-mime-type='application/vnd.jupyter.{kind}']").all_text_contents() == []
     assert page.evaluate("() => window.ran") == [True]
@@ -100,12 +94,12 @@ def test_the_notebook_shows_images_before_it_runs_and_widgets_after(lab, browser
     with open_page(browser, viewport={"width": 1400, "height": 1000}) as (page, complaints):
         open_notebook(page, address, f"ui/{name}")
         image = page.locator(".jp-OutputArea-output img").first
-        image.scroll_into_view_if_needed(timeout=60_000)
+        image.scroll_into_view_if_needed(timeout=PATIENCE * 1000)
         assert image.get_attribute("alt")
         assert image.evaluate("e => e.naturalWidth") > 100
         assert page.locator(".devsky").count() == 0
         run_all(page)
-        page.locator(".devsky img").first.wait_for(timeout=30_000, state="attached")
+        page.locator(".devsky img").first.wait_for(timeout=PATIENCE * 1000, state="attached")
         assert page.locator(".devsky").count() == 1
         assert complaints == []
 
@@ -150,7 +144,7 @@ def find(opened):
 @pytest.fixture
 def expect():
     from playwright.sync_api import expect
-    expect.set_options(timeout=60_000)
+    expect.set_options(timeout=PATIENCE * 1000)
     return expect
 
 

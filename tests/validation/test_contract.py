@@ -3,6 +3,7 @@ import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 
 from devsky_nb.errors import FileNotFoundError, ValidationError
 from devsky_nb.validation.contract import ImageSetContract
@@ -110,5 +111,5 @@ def test_a_pipe_does_not_wait(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     code = ("import sys; from devsky_nb import ImageSetContract\n"
             "try: ImageSetContract.from_yaml(sys.argv[1])\nexcept ValueError as e: print(e)")
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "pipe"], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "pipe"], capture_output=True, text=True, timeout=PATIENCE)
     assert "no regular file" in done.stdout
