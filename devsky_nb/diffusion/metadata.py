@@ -7,6 +7,8 @@ __all__ = ['read_metadata']
 
 # %% ../../nbs/diffusion/14_metadata.ipynb #eae2f0fd
 import io, json, logging, os
+from collections.abc import Callable
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any, IO
@@ -56,14 +58,18 @@ class GeneratedImage(Image.Image):
         Raises:
             DevSkyyError: the file cannot be written, or nothing says its format; it is as it was.
         """
-        name = Path(os.fsdecode(fp)).name if isinstance(fp, str | bytes | os.PathLike) else str(getattr(fp, "name", ""))
+        write: Callable[[bytes], object]
+        if isinstance(fp, str | bytes | os.PathLike):
+            path = Path(os.fsdecode(fp))
+            name, write = path.name, partial(write_atomically, path)
+        elif hasattr(fp, "write"): name, write = str(getattr(fp, "name", "")), fp.write
+        else: raise ValidationError(f"fp={fp!r:.60}: expected a path or an open file", details={"fp": repr(fp)[:60]})
         kind = image_format(name, format)
         if kind == "PNG": params = {"pnginfo": png_chunks(self.info)} | params
         else: log.warning("an image's settings are written into PNG files only, not into %s", name or kind)
         buffer = io.BytesIO()
         super().save(buffer, kind, **params)
-        if isinstance(fp, str | bytes | os.PathLike): write_atomically(Path(os.fsdecode(fp)), buffer.getvalue())
-        else: fp.write(buffer.getvalue())
+        write(buffer.getvalue())
 
 # %% ../../nbs/diffusion/14_metadata.ipynb #6f865f8f
 def with_settings(image: Image.Image,

@@ -865,14 +865,19 @@ def test_what_says_no_format_is_refused(image, tmp_path, name, format):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tiff", "a.webp"])
-def test_a_file_appears_whole_or_not_at_all(image, tmp_path, name):
+@pytest.mark.parametrize("fp", [None, 7, ["a.png"]])
+def test_what_cannot_be_written_to_is_refused(image, fp):
+    with pytest.raises(ValidationError, match="expected a path or an open file"): image.save(fp, "PNG")
+
+
+@pytest.mark.parametrize("name, options", [("a.png", {}), ("a.tiff", {}), ("a.webp", {"lossless": True})])
+def test_a_file_appears_whole_or_not_at_all(image, tmp_path, name, options):
     path = tmp_path / name
     path.write_bytes(b"the old one")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, hard))
     try:
-        with pytest.raises(DevSkyyError, match=f"cannot write {name}"): image.save(path, **({"lossless": True} if name == "a.webp" else {}))
+        with pytest.raises(DevSkyyError, match=f"cannot write {name}"): image.save(path, **options)
     finally: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == b"the old one" and [p.name for p in tmp_path.iterdir()] == [name]
 

@@ -186,8 +186,7 @@ def test_with_low_memory_no_more_than_one_network_is_ever_on_the_card(options, l
             with QuantizedSDXLGenerator("tiny-sdxl", low_memory=True, cache_dir=tmp_path / "hub", offline=True, **options) as generator:
                 assert gpu.peak() - held < 1.3 * largest and gpu.used() - held < MIB / 4
                 assert generator.device == "cuda:0" and generator.generate(**FAST).info["stepped_down"][0] == "model offload"
-                report = generator.pipeline.load_report
-                assert (report.from_checkpoint, report.warnings) == (again and label is not None, [])
+                assert generator.pipeline.load_report.from_checkpoint is (again and label is not None)
             del generator
 
 

@@ -157,9 +157,9 @@ def test_a_number_that_no_network_has_is_refused_at_once_with_its_name(clip, par
     config = json.loads((clip / "config.json").read_text(encoding="utf-8"))
     (config[part] if part else config)[field] = value
     (clip / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(ModelLoadError) as e: check_configs(clip)
-    assert time.monotonic() - started < PATIENCE  # a network of this size would take hours
+    assert time.process_time() - started < 20  # a network of this size would take hours
     assert f"{part}{'.' * bool(part)}{field}={value!r:.20}".rstrip(".") in e.value.message
 
 

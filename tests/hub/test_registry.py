@@ -48,8 +48,8 @@ def versions_in_memory(r): return [(model.name, Path(model.key.folder).name) for
 def held_bytes(r): return sum(model.bytes for model in r._memory.models.values())
 
 
-def python(code, *args, env={}, timeout=PATIENCE):
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=timeout,
+def python(code, *args, env={}):
+    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=PATIENCE,
                           env={**os.environ, **env})
 
 

@@ -144,7 +144,7 @@ def find(opened):
 @pytest.fixture
 def expect():
     from playwright.sync_api import expect
-    expect.set_options(timeout=PATIENCE * 1000)
+    expect.set_options(timeout=120_000)  # what fails, fails by this
     return expect
 
 
